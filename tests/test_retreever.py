@@ -1,0 +1,120 @@
+"""The model: saved and loaded, damaged, killed in training, and over the whole range of depths."""
+
+import hashlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from hiernb.errors import FileFormatError, HiernbError, NotFiniteError
+from hiernb.files import write_tensors
+from hiernb.retreever.model import Retreever, retreever_loss
+from hiernb.retreever.schedule import SCHEDULES, make_schedule
+from hiernb.retreever.split import calibrate
+
+TRAIN = """
+import sys, torch
+from hiernb.retreever.model import Retreever
+from hiernb.retreever.schedule import make_schedule
+from hiernb.retreever.similarity import ntvd
+from hiernb.retreever.split import calibrate
+from hiernb.training.loop import fit
+from hiernb.training.optim import TrainSettings
+from hiernb.training.retrieval import PairVectors, encode_tree, tree_loss, validator
+
+torch.set_num_threads(1)
+g = torch.Generator().manual_seed(0)
+contexts = torch.nn.functional.normalize(torch.randn(400, 32, generator=g), dim=-1)
+queries = torch.nn.functional.normalize(contexts + 0.1 * torch.randn(400, 32, generator=g), dim=-1)
+pairs = PairVectors(queries, contexts, torch.arange(400)[:, None].expand(-1, 2))
+torch.manual_seed(0)
+model = Retreever(dim=32, depth=6)
+calibrate(model.split, contexts)
+settings = TrainSettings(steps=1200, batch_size=64, lr=1e-2, validate_every=200, checkpoint_every=50, log_every=10, device="cpu")
+fit(model, tree_loss(pairs, make_schedule("stochastic", 6, 1200)), 400, settings, validate=validator(pairs, {"ndcg@10": encode_tree()}, ntvd),
+    run_dir=sys.argv[1], progress=False)
+model.save_pretrained(sys.argv[1])
+"""
+
+
+def weights(folder) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_killed_in_training_and_started_again_gives_the_same_weights(tmp_path):
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", TRAIN, str(tmp_path / "whole")], check=True)
+    whole, rng, kills = time.monotonic() - start, random.Random(0), 0
+    log = tmp_path / "killed" / "log.jsonl"
+    while not (tmp_path / "killed" / "model.safetensors").exists():
+        process = subprocess.Popen([sys.executable, "-c", TRAIN, str(tmp_path / "killed")])
+        seen = log.stat().st_size if log.exists() else 0
+        while process.poll() is None and (not log.exists() or log.stat().st_size <= seen):
+            time.sleep(0.01)
+        if kills < 3:
+            time.sleep(rng.uniform(0.1, 0.5) * min(whole, 3.0))
+            process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        assert process.returncode in (0, -signal.SIGKILL)
+    assert kills >= 2
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    steps = [row["step"] for row in map(json.loads, log.read_text().splitlines()) if "loss" in row]
+    assert steps == sorted(set(steps)) and steps[-1] == 1200  # no step stands twice in the log
+
+
+@pytest.mark.parametrize("depth", [1, 2, 7, 12, 16])
+def test_any_depth_trains_and_comes_back(tmp_path, depth):
+    torch.manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(6, 8), dim=-1)
+    model = Retreever(dim=8, depth=depth)
+    calibrate(model.split, x)
+    for name in SCHEDULES:
+        loss, _ = retreever_loss(model, x, x, make_schedule(name, depth, 10).levels(9))
+        model.zero_grad()
+        loss.backward()
+        assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    model.save_pretrained(tmp_path)
+    again = Retreever.from_pretrained(tmp_path)
+    assert torch.equal(again.assign_all(x), model.assign_all(x)) and again.depth == depth
+
+
+def test_damaged_and_foreign_models_are_refused(tmp_path):
+    Retreever(dim=8, depth=3).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:50], whole[:-3], b"PK\x03\x04" + whole):
+        path.write_bytes(damaged)
+        with pytest.raises(FileFormatError, match=r"model\.safetensors"):
+            Retreever.from_pretrained(tmp_path)
+    write_tensors(path, {"x": torch.zeros(1)}, kind="flat-index")
+    with pytest.raises(FileFormatError, match="flat-index"):
+        Retreever.from_pretrained(tmp_path)
+    path.write_bytes(whole)
+    (tmp_path / "config.json").unlink()  # a save that was killed between its two files: the weights know their configuration
+    assert Retreever.from_pretrained(tmp_path).depth == 3
+
+
+@pytest.mark.parametrize("x, error", [
+    (torch.zeros(2, 9), HiernbError), (torch.zeros(8), HiernbError), (torch.full((2, 8), float("nan")), NotFiniteError),
+    (torch.full((2, 8), float("inf")), NotFiniteError),
+])
+def test_bad_vectors_are_refused(x, error):
+    model = Retreever(dim=8, depth=3)
+    with pytest.raises(error):
+        model.assign_all(x)
+    with pytest.raises(error):
+        calibrate(model.split, x)
+
+
+@pytest.mark.parametrize("arguments, named", [
+    ({"depth": 17}, "depth"), ({"depth": 0}, "depth"), ({"split": "x"}, "split"), ({"propagation": "prduct"}, "product"), ({"dim": 0}, "dim"),
+    ({"scale": -1.0}, "init"), ({"spread": 0.0}, "spread"),
+])
+def test_bad_settings_are_refused_by_name(arguments, named):
+    with pytest.raises(HiernbError, match=named):
+        Retreever(**({"dim": 8, "depth": 3} | arguments))
