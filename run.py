@@ -104,7 +104,7 @@ def test() -> int:
 
 
 def main(args: list[str]) -> int:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036  (this file is run by whatever Python there is)
         sys.exit(f"run.py needs Python 3.11 or newer; this is {sys.version.split()[0]}")
     extra = "gpu" if args[:1] == ["--gpu"] else "cpu"
     args = args[extra == "gpu" :]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['symmetric_info_nce', 'same_context', 'info_nce_floor', 'LogitScale']
 
-# %% ../nbs/04_contrastive.ipynb #5ab29f3a
+# %% ../nbs/04_contrastive.ipynb #5ffbc558
 import math
 from collections.abc import Sequence
 
@@ -16,24 +16,26 @@ import torch.nn.functional as F
 
 from .errors import RangeError, ShapeError, check_number, check_shape
 
-# %% ../nbs/04_contrastive.ipynb #bddf7246
+# %% ../nbs/04_contrastive.ipynb #91519e74
 def symmetric_info_nce(
-    similarity: torch.Tensor,  # [B, B], entry i, j is sim(query i, context j); pairs on the diagonal
+    similarity: torch.Tensor,  # [..., B, B], entry i, j is sim(query i, context j); pairs on the diagonal
     scale: torch.Tensor | float = 1.0,  # positive factor on the similarity (1 / temperature)
     same: torch.Tensor | None = None,  # [B, B] bool, entries that are positives too and no negatives; the diagonal is ignored
-) -> torch.Tensor:  # scalar float32, mean over pairs and both directions; 0 for B = 1, which has no negatives
+) -> torch.Tensor:  # [...] float32, mean over pairs and both directions; 0 for B = 1, which has no negatives
     "Symmetric InfoNCE over a batch: Equation 1 of the ReTreever paper, with a scale. Raises `ShapeError` unless square."
-    if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1] or len(similarity) == 0:
-        raise ShapeError("similarity", f"shape {list(similarity.shape)}", "a square array of shape [B, B], B ≥ 1")
+    n = similarity.shape[-1] if similarity.ndim > 1 else 0
+    if n == 0 or similarity.shape[-2] != n:
+        raise ShapeError("similarity", f"shape {list(similarity.shape)}", "a square array of shape [..., B, B], B ≥ 1")
     logits = similarity.float() * scale
     if same is not None:
-        check_shape("same", same, tuple(similarity.shape))
-        off_diagonal = ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+        check_shape("same", same, (n, n))
+        off_diagonal = ~torch.eye(n, dtype=torch.bool, device=logits.device)
         logits = logits.masked_fill(same.to(logits.device).bool() & off_diagonal, -math.inf)
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    target = torch.arange(n, device=logits.device).expand(similarity.shape[:-1]).flatten()
+    rows, columns = (F.cross_entropy(x.reshape(-1, n), target, reduction="none") for x in (logits, logits.mT))
+    return ((rows + columns) / 2).view(similarity.shape[:-1]).mean(-1)
 
-# %% ../nbs/04_contrastive.ipynb #d302234c
+# %% ../nbs/04_contrastive.ipynb #dc8f14fd
 def same_context(
     context_ids: torch.Tensor | np.ndarray | Sequence[int],  # [B] integers, equal where two pairs share their context
 ) -> torch.Tensor:  # [B, B] bool, True on the diagonal
@@ -41,7 +43,7 @@ def same_context(
     ids = check_shape("context_ids", torch.as_tensor(context_ids), ("B",))
     return ids[:, None] == ids[None, :]
 
-# %% ../nbs/04_contrastive.ipynb #3656d0d6
+# %% ../nbs/04_contrastive.ipynb #dd8ba010
 def info_nce_floor(
     batch_size: int,  # B
     scale: float | np.ndarray = 1.0,  # s
@@ -50,7 +52,7 @@ def info_nce_floor(
     "The loss of perfect similarities: log(1 + (B − 1)·exp(−s·width))."
     return np.log1p((batch_size - 1) * np.exp(-np.multiply(scale, width)))
 
-# %% ../nbs/04_contrastive.ipynb #3e263313
+# %% ../nbs/04_contrastive.ipynb #b9a1b889
 class LogitScale(nn.Module):
     "A learnable positive factor on similarities, exp of its parameter `log_scale`."
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['HiernbError', 'ArgumentError', 'ShapeError', 'NotFiniteError', 'EmptyError', 'RangeError', 'UnknownNameError',
-           'FileFormatError', 'check_choice', 'check_int', 'check_number', 'check_shape', 'check_finite',
-           'check_not_empty']
+           'FileFormatError', 'DamagedFileError', 'check_choice', 'check_int', 'check_number', 'check_shape',
+           'check_finite', 'check_not_empty']
 
-# %% ../nbs/00_errors.ipynb #3d539828
+# %% ../nbs/00_errors.ipynb #df97d54c
 import difflib
 import math
 import numbers
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-# %% ../nbs/00_errors.ipynb #f1a2bf98
+# %% ../nbs/00_errors.ipynb #21551d24
 class HiernbError(ValueError):
     "Base of every exception that `hiernb` raises on bad input."
 
@@ -56,7 +56,7 @@ def _short(x: Any, limit: int = 120) -> str:
     s = x if isinstance(x, str) and x.startswith("shape ") else repr(x)
     return s if len(s) <= limit else s[: limit - 1] + "…"
 
-# %% ../nbs/00_errors.ipynb #e3d3e82f
+# %% ../nbs/00_errors.ipynb #cb41b49b
 class UnknownNameError(ArgumentError):
     "A name is not one of the valid ones."
 
@@ -85,7 +85,11 @@ class FileFormatError(HiernbError):
         self.path, self.problem, self.expected = path, problem, expected
         super().__init__(f"{path}: expected {expected}, but {problem}")
 
-# %% ../nbs/00_errors.ipynb #c152b175
+# %% ../nbs/00_errors.ipynb #bb4c8977
+class DamagedFileError(FileFormatError):
+    "A file is cut off or does not parse: another copy of it may be whole."
+
+# %% ../nbs/00_errors.ipynb #680631f6
 def check_choice(
     argument: str,  # name of the argument
     value: str,  # what the caller gave
@@ -129,7 +133,7 @@ def check_number(
         raise RangeError(argument, value, expected)
     return float(value)
 
-# %% ../nbs/00_errors.ipynb #acbcbb56
+# %% ../nbs/00_errors.ipynb #6df37648
 def check_shape(
     argument: str,  # name of the argument
     x: Any,  # an array or tensor

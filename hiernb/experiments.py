@@ -5,14 +5,11 @@
 # %% auto #0
 __all__ = ['S', 'read_parameters', 'RetreeverRun', 'default_run_dir', 'versions', 'describe_device', 'RunFolder', 'command']
 
-# %% ../nbs/11_experiments.ipynb #6733a3a6
+# %% ../nbs/11_experiments.ipynb #25ad479c
 import hashlib
 import importlib.metadata
 import json
-import math
-import os
 import platform
-import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -30,7 +27,7 @@ from .retreever.split import SPLITS
 from .training.optim import TrainSettings
 from .tree import check_depth
 
-# %% ../nbs/11_experiments.ipynb #d92c5091
+# %% ../nbs/11_experiments.ipynb #795975b3
 _NOTEBOOK_NAMES = {"In", "Out", "exit", "quit", "open", "get_ipython"}  # what IPython puts into a namespace
 S = TypeVar("S")
 
@@ -60,7 +57,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         raise ArgumentError(name, value, f"a value of type {names}")
     return value
 
-# %% ../nbs/11_experiments.ipynb #724bea83
+# %% ../nbs/11_experiments.ipynb #d9a9f9f7
 @dataclass
 class RetreeverRun:
     "Parameters of `nbs/train.ipynb`. Raises an `ArgumentError` that names the first one out of range."
@@ -76,17 +73,17 @@ class RetreeverRun:
     spread: float = 1.0  # standard deviation of the initial split scores
     scale: float = 20.0  # initial factor on nTVD
     scale_cap: float | None = None  # its largest value
-    steps: int = 1500  # training steps, the same for tree and baselines
-    batch_size: int = 256  # pairs per step
+    steps: int = 1200  # training steps, the same for tree and baselines
+    batch_size: int = 128  # pairs per step
     lr: float = 0.02  # the tree's peak learning rate
-    baseline_lrs: list = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])  # tried for each baseline, chosen on validation
+    baseline_lrs: list = field(default_factory=lambda: [1e-4, 3e-4, 1e-3])  # tried for each baseline, chosen on validation
     weight_decay: float = 0.05
     warmup: float = 0.05  # share of the steps
     decay: str = "linear"  # learning rate after the warm-up
     clip: float = 1.0  # gradient norm
     accumulation: int = 1  # batches per step
     precision: str = "float32"  # of training
-    validate_every: int = 250  # steps
+    validate_every: int = 300  # steps
     patience: int | None = None  # validations without improvement before stopping
     seed: int = 0
     device: str = "auto"  # "auto", "cpu" or "cuda"
@@ -110,7 +107,7 @@ class RetreeverRun:
         shared = {f.name for f in fields(TrainSettings)} & {f.name for f in fields(self)}
         return TrainSettings(**{name: getattr(self, name) for name in shared})
 
-# %% ../nbs/11_experiments.ipynb #3b2e5995
+# %% ../nbs/11_experiments.ipynb #66752cfa
 def default_run_dir(settings: RetreeverRun) -> Path:
     "runs/<dataset>-depth<depth>-<hash>, from the repository root; the device and the folder itself do not count."
     values = {k: v for k, v in asdict(settings).items() if k not in ("device", "run_dir")}
@@ -137,7 +134,7 @@ def describe_device(device: str) -> str:
         return torch.cuda.get_device_name()
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
-# %% ../nbs/11_experiments.ipynb #f9018fef
+# %% ../nbs/11_experiments.ipynb #80fc6010
 @dataclass
 class RunFolder:
     "A folder with the record of one run."

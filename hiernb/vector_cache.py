@@ -6,7 +6,7 @@
 __all__ = ['KIND', 'TINY_ROWS', 'TINY_FILES', 'text_key', 'namespace_key', 'pack_shard', 'write_shard', 'Shard', 'ShardFolder',
            'warn_once', 'reject', 'ShardReader', 'VectorCache', 'tidy']
 
-# %% ../nbs/06_vector_cache.ipynb #745d93c9
+# %% ../nbs/06_vector_cache.ipynb #ec07da58
 import contextlib
 import hashlib
 import json
@@ -16,13 +16,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 
 from .errors import FileFormatError
-from .files import atomic_write, read_tensors, sha256_file
+from .files import atomic_write, pack_tensors, read_tensors, sha256_file
 
-# %% ../nbs/06_vector_cache.ipynb #aeef417d
+# %% ../nbs/06_vector_cache.ipynb #d551d89a
 def text_key(
     text: str,  # any text that UTF-8 can hold
 ) -> bytes:  # 32 bytes
@@ -36,7 +35,7 @@ def namespace_key(
     "SHA-256 of a namespace, whatever the order of its entries."
     return hashlib.sha256(json.dumps(namespace, sort_keys=True, allow_nan=False).encode("utf8")).hexdigest()
 
-# %% ../nbs/06_vector_cache.ipynb #ee9b9868
+# %% ../nbs/06_vector_cache.ipynb #45648e67
 KIND = "vector-shard"  # what the header of a shard says
 
 
@@ -49,8 +48,7 @@ def pack_shard(
     ends = torch.tensor([len(r) for r in rows]).cumsum(0)
     packed = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, 32)
     tensors = {"keys": packed, "values": torch.cat(rows).contiguous(), "ends": ends}
-    header = {"hiernb": KIND, "version": "1", "meta": json.dumps({"namespace": namespace})}
-    return safetensors.torch.save(tensors, metadata=header)
+    return pack_tensors(tensors, KIND, meta={"namespace": namespace})
 
 
 def write_shard(
@@ -66,7 +64,7 @@ def write_shard(
         f.write(data)
     return name
 
-# %% ../nbs/06_vector_cache.ipynb #37353b24
+# %% ../nbs/06_vector_cache.ipynb #1e17218f
 class Shard:
     "One shard file, memory-mapped. Its content is checked against its name when a row is first asked for."
 
@@ -92,7 +90,7 @@ class Shard:
         "Row `i` of the shard."
         return self.values[(self.ends[i - 1] if i else 0) : self.ends[i]]
 
-# %% ../nbs/06_vector_cache.ipynb #3a3543b7
+# %% ../nbs/06_vector_cache.ipynb #9c1d0a83
 class ShardFolder:
     "The shards under `folder / <namespace key>` and an index of their rows."
 
@@ -125,7 +123,7 @@ class ShardFolder:
             except FileNotFoundError:  # another process merged it away just now
                 continue
 
-# %% ../nbs/06_vector_cache.ipynb #cbc48907
+# %% ../nbs/06_vector_cache.ipynb #c7f0b9a6
 _warned: set[Path] = set()
 
 
@@ -149,7 +147,7 @@ def reject(
         with contextlib.suppress(OSError):
             os.replace(path, path.with_suffix(".damaged"))
 
-# %% ../nbs/06_vector_cache.ipynb #d38663e5
+# %% ../nbs/06_vector_cache.ipynb #4d498339
 class ShardReader(ShardFolder):
     "Looks rows up by text key."
 
@@ -185,7 +183,7 @@ class ShardReader(ShardFolder):
             del self.shards[name]
         self.index = {key: (name, i) for name, shard in self.shards.items() for i, key in enumerate(shard.keys)}
 
-# %% ../nbs/06_vector_cache.ipynb #0c9b86f8
+# %% ../nbs/06_vector_cache.ipynb #3306f826
 class VectorCache(ShardReader):
     "Rows [t, d] by text key on disk; safe with many processes and after a kill."
 
@@ -222,7 +220,7 @@ class VectorCache(ShardReader):
                 self.writable = False
                 warn_once(self.root, f"{self.root}: vectors are not cached because a write failed ({e}); results are not affected")
 
-# %% ../nbs/06_vector_cache.ipynb #8128c267
+# %% ../nbs/06_vector_cache.ipynb #e212b9dd
 TINY_ROWS, TINY_FILES = 32, 64  # more than this many shards of fewer rows are merged
 
 

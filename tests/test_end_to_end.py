@@ -19,7 +19,7 @@ TINY = {"depth": 4, "steps": 40, "validate_every": 20, "max_pairs": 300, "max_le
 def papermill(tmp_path: Path, **parameters) -> subprocess.CompletedProcess:
     flags = [x for k, v in parameters.items() for x in ("-p", k, str(v))]
     environment = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"MPLBACKEND": "agg", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "papermill", "nbs/train.ipynb", str(tmp_path / "out.ipynb"), "-k", "python3", "-p", "run_dir", str(tmp_path / "run"), *flags]
+    command = [sys.executable, "-m", "papermill", "nbs/train.ipynb", str(tmp_path / "out.ipynb"), "-p", "run_dir", str(tmp_path / "run"), *flags]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -42,7 +42,8 @@ def test_a_run_leaves_a_whole_run_folder(tmp_path):
 
 
 @pytest.mark.parametrize("parameters, message", [
-    ({"dept": 8}, "did you mean 'depth'"), ({"schedule": "stocastic"}, "did you mean 'stochastic'"), ({"depth": 99}, "`depth`: expected an integer from 1 to 16"),
+    ({"dept": 8}, "did you mean 'depth'"), ({"schedule": "stocastic"}, "did you mean 'stochastic'"),
+    ({"depth": 99}, "`depth`: expected an integer from 1 to 16"),
     ({"dataset": "pydoc"}, "did you mean 'pydocs'"), ({"dataset": "no/such/folder"}, "no/such/folder"),
 ])
 def test_a_wrong_parameter_ends_the_run_with_its_name(tmp_path, parameters, message):

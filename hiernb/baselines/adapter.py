@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['truncate', 'pair_loss', 'LinearAdapter']
 
-# %% ../../nbs/baselines/00_adapter.ipynb #114c87f4
+# %% ../../nbs/baselines/00_adapter.ipynb #41e201c3
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from ..contrastive import LogitScale, same_context, symmetric_info_nce
 from ..errors import check_int, check_shape
 
-# %% ../../nbs/baselines/00_adapter.ipynb #5fc282a7
+# %% ../../nbs/baselines/00_adapter.ipynb #4af2df95
 def truncate(
     x: torch.Tensor,  # [..., d]
     size: int | None = None,  # how many dimensions to keep; None: all
@@ -24,7 +24,7 @@ def truncate(
     size = x.shape[-1] if size is None else check_int("size", size, 1, x.shape[-1], "the width of the vectors")
     return F.normalize(x[..., :size], dim=-1)
 
-# %% ../../nbs/baselines/00_adapter.ipynb #4b69521c
+# %% ../../nbs/baselines/00_adapter.ipynb #b69ff079
 def pair_loss(
     queries: torch.Tensor,  # [B, m] unit length
     contexts: torch.Tensor,  # [B, m] unit length, row i answers query i
@@ -40,7 +40,7 @@ def pair_loss(
         right = right if same is None else right | same.to(best.device).gather(1, best[:, None])[:, 0]
     return loss, {"loss": loss.detach(), "scale": scale.detach(), "accuracy": right.float().mean()}
 
-# %% ../../nbs/baselines/00_adapter.ipynb #26aeddd9
+# %% ../../nbs/baselines/00_adapter.ipynb #e0974809
 class LinearAdapter(nn.Module):
     "A square linear layer on frozen vectors, shared by queries and contexts; calling it computes the training loss."
 

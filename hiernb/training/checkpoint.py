@@ -7,7 +7,7 @@ __all__ = ['KIND', 'VERSION', 'MismatchError', 'describe_model', 'identity_diffe
            'read_checkpoint', 'write_checkpoint', 'Checkpoints', 'latest_checkpoint', 'link_file', 'save_checkpoint',
            'clear_checkpoints', 'load_checkpoint']
 
-# %% ../../nbs/training/01_checkpoint.ipynb #58b48401
+# %% ../../nbs/training/01_checkpoint.ipynb #621214c8
 import contextlib
 import json
 import os
@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 
-from ..errors import FileFormatError, HiernbError, check_choice, check_int, check_number
-from ..files import read_tensors, write_tensors
+from ..errors import DamagedFileError, FileFormatError, HiernbError, check_choice, check_int, check_number
+from ..files import read_header, read_tensors, write_tensors
 from .state import flatten_state, unflatten_state
 
-# %% ../../nbs/training/01_checkpoint.ipynb #a4e7858d
+# %% ../../nbs/training/01_checkpoint.ipynb #0be793ed
 class MismatchError(HiernbError):
     "A checkpoint belongs to another configuration."
 
@@ -38,7 +37,7 @@ class MismatchError(HiernbError):
         way_out = "Use another folder, or start anew with resume=False"
         super().__init__(f"{path}: a checkpoint of another configuration: {differences[0]}{more}. {way_out}")
 
-# %% ../../nbs/training/01_checkpoint.ipynb #61590c70
+# %% ../../nbs/training/01_checkpoint.ipynb #320b1e18
 def describe_model(
     model: torch.nn.Module,
 ) -> dict:  # class name, and type and shape of every parameter and buffer
@@ -59,7 +58,7 @@ def identity_differences(
         return [d for k in names for d in identity_differences(there.get(k, "absent"), here.get(k, "absent"), f"{name}.{k}".lstrip("."))]
     return [] if there == here else [f"{name or 'identity'} is {there} there, {here} here"]
 
-# %% ../../nbs/training/01_checkpoint.ipynb #516e5e11
+# %% ../../nbs/training/01_checkpoint.ipynb #872b1885
 KIND, VERSION = "checkpoint", 1
 
 
@@ -79,17 +78,11 @@ def checkpoint_header(
 ) -> dict | None:  # "step", "metric", "identity" and "skeleton"; None if the file is damaged
     "Reads a checkpoint's header. Raises `FileFormatError` where the file is whole but no checkpoint of hiernb."
     try:
-        with safetensors.safe_open(path, framework="pt") as f:
-            header = f.metadata() or {}
-    except (safetensors.SafetensorError, OSError):
+        return read_header(path, KIND, VERSION)
+    except DamagedFileError:
         return None
-    if header.get("hiernb") != KIND or not header.get("version", "").isdigit() or int(header["version"]) > VERSION:
-        ours = "hiernb" in header
-        what = f"it is a {header['hiernb']} file, version {header.get('version')}" if ours else "it is a safetensors file of another program"
-        raise FileFormatError(path, what, f"a checkpoint of hiernb, version {VERSION} or older")
-    return json.loads(header["meta"])
 
-# %% ../../nbs/training/01_checkpoint.ipynb #eb39aad5
+# %% ../../nbs/training/01_checkpoint.ipynb #9da0f7dc
 def read_checkpoint(
     path: str | Path,  # the file
     identity: Any = None,  # of the run that wants to continue; None accepts any
@@ -116,7 +109,7 @@ def write_checkpoint(
     tensors, skeleton = flatten_state(state)
     write_tensors(path, tensors, KIND, VERSION, {"step": step, "metric": metric, "identity": identity, "skeleton": skeleton})
 
-# %% ../../nbs/training/01_checkpoint.ipynb #deb746b5
+# %% ../../nbs/training/01_checkpoint.ipynb #5b9246f8
 class Checkpoints:
     "A folder of checkpoints: the newest few, and the best."
 
@@ -146,7 +139,7 @@ class Checkpoints:
             found.append(int(number))
         return sorted(found)
 
-# %% ../../nbs/training/01_checkpoint.ipynb #81681e9b
+# %% ../../nbs/training/01_checkpoint.ipynb #9c7d5f6d
 def latest_checkpoint(
     checkpoints: Checkpoints,
 ) -> Path | None:  # None if there are no checkpoints
@@ -160,7 +153,7 @@ def latest_checkpoint(
         raise FileFormatError(checkpoints.folder, f"all {len(steps)} checkpoints in it are damaged", "at least one whole checkpoint")
     return None
 
-# %% ../../nbs/training/01_checkpoint.ipynb #2a57a259
+# %% ../../nbs/training/01_checkpoint.ipynb #5c6c8a8f
 def _is_best(checkpoints: Checkpoints, step: int, metric: float | None, better: str) -> bool:
     "Whether `metric` beats the best file; one from the same or a later step belongs to a lost future and is always replaced."
     if metric is None:
@@ -187,7 +180,7 @@ def link_file(
     finally:
         tmp.unlink(missing_ok=True)
 
-# %% ../../nbs/training/01_checkpoint.ipynb #7f9b272b
+# %% ../../nbs/training/01_checkpoint.ipynb #9675a010
 def save_checkpoint(
     checkpoints: Checkpoints,
     step: int,  # optimiser steps done
@@ -211,7 +204,7 @@ def save_checkpoint(
             old.unlink()
     return path
 
-# %% ../../nbs/training/01_checkpoint.ipynb #7a00b98b
+# %% ../../nbs/training/01_checkpoint.ipynb #d9558d91
 def clear_checkpoints(
     checkpoints: Checkpoints,
 ) -> None:
@@ -234,7 +227,7 @@ def load_checkpoint(
         path = latest_checkpoint(checkpoints) if check_choice("which", which, ["latest", "best"]) == "latest" else checkpoints.best_path
     return read_checkpoint(path, identity) if path is not None and path.exists() else None
 
-# %% ../../nbs/training/01_checkpoint.ipynb #885d06d5
+# %% ../../nbs/training/01_checkpoint.ipynb #b1e9cc09
 def _describe(checkpoints: Checkpoints) -> str:
     "A table of the folder's files."
     paths = [checkpoints.path(s) for s in checkpoints.steps()] + [p for p in [checkpoints.best_path] if p.exists()]

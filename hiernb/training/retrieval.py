@@ -6,7 +6,7 @@
 __all__ = ['Encode', 'PairVectors', 'tree_loss', 'adapter_loss', 'encode_tree', 'encode_adapter', 'relevant_contexts', 'ndcg_of',
            'validator', 'inner', 'fit_best']
 
-# %% ../../nbs/training/07_retrieval.ipynb #51d2e0ab
+# %% ../../nbs/training/07_retrieval.ipynb #7f5fb0d9
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,12 +21,11 @@ from ..errors import ShapeError, check_finite, check_int, check_not_empty, check
 from ..evaluation.ranking import ndcg_at_k, relevant_ranks
 from ..retreever.model import Retreever, retreever_loss
 from ..retreever.schedule import Schedule
-from ..retreever.similarity import ntvd
 from .history import History
 from .loop import fit
 from .optim import TrainSettings
 
-# %% ../../nbs/training/07_retrieval.ipynb #82fe9ebc
+# %% ../../nbs/training/07_retrieval.ipynb #e80ed4a5
 @dataclass
 class PairVectors:
     "Vectors of one split. Raises `ShapeError`, `NotFiniteError` or `EmptyError` for arrays that do not fit together."
@@ -59,7 +58,7 @@ class PairVectors:
         query, context = self.relevance[torch.as_tensor(positions, device=device)].T
         return self.queries[query], self.contexts[context], context
 
-# %% ../../nbs/training/07_retrieval.ipynb #9c00fd3f
+# %% ../../nbs/training/07_retrieval.ipynb #1225122e
 def tree_loss(pairs: PairVectors, schedule: Schedule) -> Callable:
     "The `loss` of a tree for `fit`: InfoNCE over nTVD at the levels that the schedule names."
 
@@ -76,7 +75,7 @@ def adapter_loss(pairs: PairVectors) -> Callable:
     def loss(model: LinearAdapter, positions: np.ndarray, step: int) -> tuple[torch.Tensor, dict]:
         queries, contexts, context = pairs.batch(positions, model.layer.weight.device)
         value, logs = model(queries, contexts, context)
-        return value, {k: logs[k] for k in ("scale", "accuracy")}
+        return value, {"scale": logs["scale"]}
 
     return loss
 
@@ -93,7 +92,7 @@ def encode_adapter(size: int | None = None) -> Encode:
     "Representations of an adapter: its first `size` dimensions, unit length (None: all)."
     return lambda model, x: model.encode(x.to(model.layer.weight.device), size).cpu()
 
-# %% ../../nbs/training/07_retrieval.ipynb #401f97d2
+# %% ../../nbs/training/07_retrieval.ipynb #81a2885b
 def relevant_contexts(
     relevance: torch.Tensor,  # [P, 2] positions of query and context
 ) -> tuple[torch.Tensor, torch.Tensor]:  # the queries that have contexts [Q], their contexts [Q, R], −1 where there are fewer
@@ -119,7 +118,7 @@ def ndcg_of(
     parts = [ndcg_at_k(relevant_ranks(scores(q, contexts), r), k) for q, r in zip(queries.split(block), relevant.split(block))]
     return torch.cat(parts)
 
-# %% ../../nbs/training/07_retrieval.ipynb #215f3c79
+# %% ../../nbs/training/07_retrieval.ipynb #1caa5c7b
 def validator(
     pairs: PairVectors,  # the validation split
     encoders: dict[str, Encode],  # name of a figure -> representation that it measures
@@ -145,7 +144,7 @@ def inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     "Inner products of all pairs: the cosine, for vectors of unit length."
     return a @ b.T
 
-# %% ../../nbs/training/07_retrieval.ipynb #2da928dc
+# %% ../../nbs/training/07_retrieval.ipynb #9edf6da1
 def fit_best(
     make_model: Callable[[], nn.Module],  # a fresh model, the same at every call
     loss: Callable,  # as for `fit`
