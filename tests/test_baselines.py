@@ -111,9 +111,8 @@ def test_same_contexts_are_no_negatives():
     x, ids = torch.randn(4, 8), torch.tensor([5, 5, 6, 7])
     x[1] = x[0]
     for model in (LinearAdapter(8), MatryoshkaAdapter(8)):
-        with_ids, logs = model(x, x, ids)
+        with_ids, _ = model(x, x, ids)
         assert with_ids.item() < model(x, x)[0].item() - 0.1
-        assert logs["accuracy"].item() == 1.0
 
 
 def test_one_pair_and_state_dict():
