@@ -7,7 +7,7 @@ __all__ = ['HiernbError', 'ArgumentError', 'ShapeError', 'NotFiniteError', 'Empt
            'FileFormatError', 'DamagedFileError', 'check_choice', 'check_int', 'check_number', 'check_shape',
            'check_finite', 'check_not_empty']
 
-# %% ../nbs/00_errors.ipynb #df97d54c
+# %% ../nbs/00_errors.ipynb #a2b4ca1c
 import difflib
 import math
 import numbers
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-# %% ../nbs/00_errors.ipynb #21551d24
+# %% ../nbs/00_errors.ipynb #9094f9d4
 class HiernbError(ValueError):
     "Base of every exception that `hiernb` raises on bad input."
 
@@ -35,6 +35,12 @@ class ArgumentError(HiernbError):
         super().__init__(f"`{argument}`: expected {expected}, got {_short(got)}")
 
 
+def _short(x: Any, limit: int = 120) -> str:
+    "`x` as text, never longer than `limit`."
+    s = x if isinstance(x, str) and x.startswith("shape ") else repr(x)
+    return s if len(s) <= limit else s[: limit - 1] + "…"
+
+# %% ../nbs/00_errors.ipynb #a45ce46b
 class ShapeError(ArgumentError):
     "An array has the wrong shape."
 
@@ -50,13 +56,7 @@ class EmptyError(ArgumentError):
 class RangeError(ArgumentError):
     "A number lies outside its range."
 
-
-def _short(x: Any, limit: int = 120) -> str:
-    "`x` as text, never longer than `limit`."
-    s = x if isinstance(x, str) and x.startswith("shape ") else repr(x)
-    return s if len(s) <= limit else s[: limit - 1] + "…"
-
-# %% ../nbs/00_errors.ipynb #cb41b49b
+# %% ../nbs/00_errors.ipynb #76eabfdb
 class UnknownNameError(ArgumentError):
     "A name is not one of the valid ones."
 
@@ -85,11 +85,11 @@ class FileFormatError(HiernbError):
         self.path, self.problem, self.expected = path, problem, expected
         super().__init__(f"{path}: expected {expected}, but {problem}")
 
-# %% ../nbs/00_errors.ipynb #bb4c8977
+# %% ../nbs/00_errors.ipynb #d1560260
 class DamagedFileError(FileFormatError):
     "A file is cut off or does not parse: another copy of it may be whole."
 
-# %% ../nbs/00_errors.ipynb #680631f6
+# %% ../nbs/00_errors.ipynb #880732e8
 def check_choice(
     argument: str,  # name of the argument
     value: str,  # what the caller gave
@@ -118,7 +118,7 @@ def check_int(
         raise RangeError(argument, value, expected)
     return int(value)
 
-
+# %% ../nbs/00_errors.ipynb #3d414518
 def check_number(
     argument: str,  # name of the argument
     value: Any,  # what the caller gave
@@ -133,7 +133,7 @@ def check_number(
         raise RangeError(argument, value, expected)
     return float(value)
 
-# %% ../nbs/00_errors.ipynb #6df37648
+# %% ../nbs/00_errors.ipynb #44f2f502
 def check_shape(
     argument: str,  # name of the argument
     x: Any,  # an array or tensor

@@ -6,7 +6,7 @@
 __all__ = ['project_root', 'cache_dir', 'from_root', 'atomic_write', 'atomic_folder', 'write_json', 'read_json', 'pack_tensors',
            'write_tensors', 'read_header', 'read_tensors', 'sha256_file']
 
-# %% ../nbs/01_files.ipynb #f11ac096
+# %% ../nbs/01_files.ipynb #1e9ef6cd
 import contextlib
 import hashlib
 import json
@@ -23,7 +23,7 @@ import torch
 
 from .errors import DamagedFileError, FileFormatError
 
-# %% ../nbs/01_files.ipynb #27686328
+# %% ../nbs/01_files.ipynb #470f625f
 def project_root() -> Path | None:  # the checkout that holds the working directory; None outside of one
     "The repository root, found by walking up from the working directory."
     for folder in [Path.cwd(), *Path.cwd().parents]:
@@ -49,7 +49,7 @@ def from_root(
     "Resolves a path from the repository root (the working directory outside of a checkout), so that it means the same from everywhere."
     return ((project_root() or Path.cwd()) / Path(path).expanduser()).resolve()
 
-# %% ../nbs/01_files.ipynb #8b8cc80f
+# %% ../nbs/01_files.ipynb #6a89eafb
 @contextlib.contextmanager
 def atomic_write(
     path: str | Path,  # the file to create or replace
@@ -78,7 +78,7 @@ def _umask() -> int:
     os.umask(mask)
     return mask
 
-# %% ../nbs/01_files.ipynb #047217c7
+# %% ../nbs/01_files.ipynb #b1384566
 @contextlib.contextmanager
 def atomic_folder(
     path: str | Path,  # the folder to create or replace
@@ -103,7 +103,7 @@ def atomic_folder(
         shutil.rmtree(tmp, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/01_files.ipynb #a9be4e22
+# %% ../nbs/01_files.ipynb #07c0eb46
 def write_json(
     path: str | Path,  # the file to create or replace
     value: Any,  # anything that JSON can hold
@@ -134,7 +134,7 @@ def pack_tensors(
     header = json.dumps({"kind": kind, "version": version, "meta": meta}, allow_nan=False)
     return safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata={"hiernb": header})
 
-
+# %% ../nbs/01_files.ipynb #cec8bef0
 def write_tensors(
     path: str | Path,  # the file to create or replace
     tensors: dict[str, torch.Tensor],  # name -> tensor
@@ -147,7 +147,7 @@ def write_tensors(
     with atomic_write(path) as f:
         f.write(data)
 
-# %% ../nbs/01_files.ipynb #f0644e31
+# %% ../nbs/01_files.ipynb #a9ad2619
 def _parse_header(path: str | Path, metadata: dict[str, str], kind: str, version: int) -> Any:
     "The meta of a header, if the file is of that kind."
     expected = f"a {kind} file of hiernb, version {version} or older"
@@ -174,7 +174,7 @@ def _opened(path: str | Path, kind: str) -> Iterator[Any]:
     except (safetensors.SafetensorError, OSError) as e:
         raise DamagedFileError(path, f"it is not a whole safetensors file ({e})", f"a {kind} file of hiernb") from e
 
-# %% ../nbs/01_files.ipynb #0b1a7b79
+# %% ../nbs/01_files.ipynb #d0b72a5f
 def read_header(
     path: str | Path,  # the file to read
     kind: str,  # the kind that is expected
@@ -197,7 +197,7 @@ def read_tensors(
         metadata, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     return tensors, _parse_header(path, metadata, kind, version)
 
-# %% ../nbs/01_files.ipynb #e24449b4
+# %% ../nbs/01_files.ipynb #5b33c1b7
 def sha256_file(
     path: str | Path,  # the file
 ) -> str:  # 64 hexadecimal digits

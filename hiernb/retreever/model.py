@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Retreever', 'retreever_loss']
 
-# %% ../../nbs/retreever/04_model.ipynb #2464d130
+# %% ../../nbs/retreever/04_model.ipynb #b1211d86
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from .similarity import ntvd
 from .split import SPLITS
 from ..tree import check_depth, check_level, sum_up
 
-# %% ../../nbs/retreever/04_model.ipynb #9d6b6260
+# %% ../../nbs/retreever/04_model.ipynb #47c61f5c
 class Retreever(nn.Module, PyTorchModelHubMixin, library_name="hiernb", tags=["retreever", "retrieval"]):
     "A differentiable retrieval tree on a frozen encoder (arXiv 2502.07971)."
 
@@ -54,13 +54,15 @@ class Retreever(nn.Module, PyTorchModelHubMixin, library_name="hiernb", tags=["r
         x: torch.Tensor,  # [B, d] pooled vectors
         level: int | None = None,  # None: the leaves
     ) -> torch.Tensor:  # [B, 2^level] float32, rows sum to 1
-        "Assignment T(x) at a level, by the tree truncated there."
+        "Assignment T(x) at a level: by the tree truncated there if the propagation allows it, else summed up from the leaves."
         level = self.depth if level is None else check_level(level, self.depth)
-        return self.propagation(self.split(x, level)) if level else x.new_ones(len(x), 1)
+        if self.propagation.truncates:
+            return self.propagation(self.split(x, level)) if level else x.new_ones(len(x), 1)
+        return sum_up(self.propagation(self.split(x)), level)
 
     forward = assign
 
-# %% ../../nbs/retreever/04_model.ipynb #a356d3ca
+# %% ../../nbs/retreever/04_model.ipynb #eed2b792
 def retreever_loss(
     model: Retreever,
     queries: torch.Tensor,  # [B, d] pooled vectors of queries
@@ -78,7 +80,7 @@ def retreever_loss(
         loss = loss + symmetric_info_nce(ntvd(q, c), scale, same)
     return loss, {"level": deepest, "scale": scale.detach()}
 
-# %% ../../nbs/retreever/04_model.ipynb #708cad23
+# %% ../../nbs/retreever/04_model.ipynb #4206b8b1
 @patch
 @torch.no_grad()
 def assign_all(
@@ -98,7 +100,7 @@ def assign_all(
     self.train(training)
     return out
 
-# %% ../../nbs/retreever/04_model.ipynb #5f61154e
+# %% ../../nbs/retreever/04_model.ipynb #0eebc1a7
 @patch
 def attach(
     self: Retreever,
@@ -130,7 +132,7 @@ def encode(
     out = out[0] if single else out
     return out if convert_to_tensor else out.numpy()
 
-# %% ../../nbs/retreever/04_model.ipynb #34feee0d
+# %% ../../nbs/retreever/04_model.ipynb #281da511
 @patch
 def encode_query(self: Retreever, sentences: str | Sequence[str], **kwargs) -> np.ndarray | torch.Tensor:
     "`encode` with kind \"query\"."
@@ -148,7 +150,7 @@ def similarity(self: Retreever, a: np.ndarray | torch.Tensor, b: np.ndarray | to
     "nTVD of all pairs of assignments, [n, L] and [m, L] → [n, m]."
     return ntvd(torch.as_tensor(a), torch.as_tensor(b))
 
-# %% ../../nbs/retreever/04_model.ipynb #31ee3c0c
+# %% ../../nbs/retreever/04_model.ipynb #85a5a693
 @patch
 def config(self: Retreever) -> dict[str, Any]:  # what JSON can hold
     "The constructor's arguments."
@@ -178,7 +180,7 @@ def _from_pretrained(cls, *, model_id: str, revision: str | None, cache_dir: Any
 
 Retreever._from_pretrained = classmethod(_from_pretrained)
 
-# %% ../../nbs/retreever/04_model.ipynb #93a15c68
+# %% ../../nbs/retreever/04_model.ipynb #8e95ecc3
 @patch
 def _repr_markdown_(self: Retreever) -> str:
     "What a notebook shows."
