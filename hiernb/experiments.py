@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['S', 'read_parameters', 'RetreeverRun', 'default_run_dir', 'versions', 'describe_device', 'RunFolder', 'command']
 
-# %% ../nbs/11_experiments.ipynb #7aa79c49
+# %% ../nbs/11_experiments.ipynb #241fea7d
 import hashlib
 import importlib.metadata
 import json
@@ -27,7 +27,7 @@ from .retreever.split import SPLITS
 from .training.optim import TrainSettings
 from .tree import check_depth
 
-# %% ../nbs/11_experiments.ipynb #f65595ad
+# %% ../nbs/11_experiments.ipynb #de4cb5da
 _NOTEBOOK_NAMES = {"In", "Out", "exit", "quit", "open", "get_ipython"}  # what IPython puts into a namespace
 S = TypeVar("S")
 
@@ -57,7 +57,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         raise ArgumentError(name, value, f"a value of type {names}")
     return value
 
-# %% ../nbs/11_experiments.ipynb #e9e52951
+# %% ../nbs/11_experiments.ipynb #777baaf4
 @dataclass
 class RetreeverRun:
     "Parameters of `nbs/train.ipynb`. Raises an `ArgumentError` that names the first one out of range."
@@ -70,14 +70,14 @@ class RetreeverRun:
     split: str = "linear"  # split function
     propagation: str = "product"  # propagation
     schedule: str = "stochastic"  # which levels a step trains
-    spread: float = 1.0  # standard deviation of the initial split scores
+    spread: float = 0.5  # standard deviation of the initial split scores
     scale: float = 20.0  # initial factor on nTVD
     scale_cap: float | None = None  # its largest value
     steps: int = 1200  # training steps, the same for tree and baselines
     batch_size: int = 128  # pairs per step
-    lr: float = 0.02  # the tree's peak learning rate
+    lr: float = 0.04  # the tree's peak learning rate
     baseline_lrs: list = field(default_factory=lambda: [1e-4, 3e-4, 1e-3])  # tried for each baseline, chosen on validation
-    weight_decay: float = 0.05
+    weight_decay: float = 0.3
     warmup: float = 0.05  # share of the steps
     decay: str = "linear"  # learning rate after the warm-up
     clip: float = 1.0  # gradient norm
@@ -107,7 +107,7 @@ class RetreeverRun:
         shared = {f.name for f in fields(TrainSettings)} & {f.name for f in fields(self)}
         return TrainSettings(**{name: getattr(self, name) for name in shared})
 
-# %% ../nbs/11_experiments.ipynb #79a4698c
+# %% ../nbs/11_experiments.ipynb #048fad48
 def default_run_dir(settings: RetreeverRun) -> Path:
     "runs/<dataset>-depth<depth>-<hash>, from the repository root; the device and the folder itself do not count."
     values = {k: v for k, v in asdict(settings).items() if k not in ("device", "run_dir")}
@@ -115,7 +115,7 @@ def default_run_dir(settings: RetreeverRun) -> Path:
     name = settings.dataset if isinstance(settings.dataset, str) else "+".join(Path(d).name for d in settings.dataset)
     return from_root(settings.run_dir or f"runs/{Path(name).name}-depth{settings.depth}-{digest}")
 
-# %% ../nbs/11_experiments.ipynb #225c3177
+# %% ../nbs/11_experiments.ipynb #1bf7ff55
 def versions() -> dict[str, str]:
     "Versions of Python and of the libraries that figures depend on."
     names = ("hiernb", "torch", "transformers", "numpy", "numba", "accelerate", "safetensors", "pytrec-eval-terrier", "bm25s", "faiss-cpu", "faiss-gpu")
@@ -134,7 +134,7 @@ def describe_device(device: str) -> str:
         return torch.cuda.get_device_name()
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
-# %% ../nbs/11_experiments.ipynb #ffa2c786
+# %% ../nbs/11_experiments.ipynb #64232884
 @dataclass
 class RunFolder:
     "A folder with the record of one run."
@@ -168,7 +168,7 @@ class RunFolder:
         "config.json and metrics.json. Raises `FileFormatError` where they are damaged."
         return read_json(self.path / "config.json"), read_json(self.path / "metrics.json")
 
-# %% ../nbs/11_experiments.ipynb #7026f051
+# %% ../nbs/11_experiments.ipynb #7989f0d7
 def command(settings: RetreeverRun, notebook: str = "nbs/train.ipynb") -> str:
     "The papermill command that repeats a run: only what differs from the defaults."
     defaults = asdict(RetreeverRun())

@@ -5,11 +5,13 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from hiernb.data.sources import load_pairs
+from hiernb.experiments import RetreeverRun
 from hiernb.retreever.model import Retreever
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +67,14 @@ def test_a_folder_that_load_pairs_wrote_works_too(tmp_path):
     done = papermill(tmp_path, dataset=tmp_path / "mine", **(TINY | {"max_pairs": 200, "depth": 3, "split": "linear"}))
     assert done.returncode == 0, done.stderr[-3000:]
     assert Retreever.from_pretrained(tmp_path / "run").depth == 3
+
+
+def test_the_parameters_cell_has_the_defaults_of_the_settings():
+    cells = json.loads((ROOT / "nbs" / "train.ipynb").read_text(encoding="utf8"))["cells"]
+    (source,) = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    namespace: dict = {}
+    exec(source, namespace)
+    assert {k: v for k, v in namespace.items() if not k.startswith("__")} == asdict(RetreeverRun())
 
 
 def test_run_py_refuses_an_unknown_command():

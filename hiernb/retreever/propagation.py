@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['PROPAGATIONS', 'ProductPropagation', 'LearnedPropagation']
 
-# %% ../../nbs/retreever/02_propagation.ipynb #e3a355a3
+# %% ../../nbs/retreever/02_propagation.ipynb #f8ae0302
 import torch
 from torch import nn
 
 from ..errors import check_int, check_number, check_shape
 from ..tree import check_depth, n_leaves, paths, product_down
 
-# %% ../../nbs/retreever/02_propagation.ipynb #02b7f1b5
+# %% ../../nbs/retreever/02_propagation.ipynb #aac11684
 class ProductPropagation(nn.Module):
     "Multiplies the decisions along each path (ReTreever, eq. 7)."
 
@@ -35,7 +35,7 @@ class ProductPropagation(nn.Module):
     def extra_repr(self) -> str:
         return f"depth={self.depth}"
 
-# %% ../../nbs/retreever/02_propagation.ipynb #8ae31359
+# %% ../../nbs/retreever/02_propagation.ipynb #159aab92
 class LearnedPropagation(nn.Module):
     "A learned function of each leaf's path, normalised over the leaves (ReTreever, appendix A.3)."
 
@@ -73,5 +73,5 @@ class LearnedPropagation(nn.Module):
     def extra_repr(self) -> str:
         return f"depth={self.depth}, hidden={self.weight_out.shape[1]}, residual={self.residual}"
 
-# %% ../../nbs/retreever/02_propagation.ipynb #06fc4109
+# %% ../../nbs/retreever/02_propagation.ipynb #53ff3097
 PROPAGATIONS = {"product": ProductPropagation, "learned": LearnedPropagation}  # name -> class, called as cls(depth)
