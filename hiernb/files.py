@@ -6,7 +6,7 @@
 __all__ = ['project_root', 'cache_dir', 'from_root', 'atomic_write', 'atomic_folder', 'write_json', 'read_json', 'pack_tensors',
            'write_tensors', 'read_header', 'read_tensors', 'sha256_file']
 
-# %% ../nbs/01_files.ipynb #1e9ef6cd
+# %% ../nbs/01_files.ipynb #811ab2f9
 import contextlib
 import hashlib
 import json
@@ -23,7 +23,7 @@ import torch
 
 from .errors import DamagedFileError, FileFormatError
 
-# %% ../nbs/01_files.ipynb #470f625f
+# %% ../nbs/01_files.ipynb #8e896766
 def project_root() -> Path | None:  # the checkout that holds the working directory; None outside of one
     "The repository root, found by walking up from the working directory."
     for folder in [Path.cwd(), *Path.cwd().parents]:
@@ -49,7 +49,7 @@ def from_root(
     "Resolves a path from the repository root (the working directory outside of a checkout), so that it means the same from everywhere."
     return ((project_root() or Path.cwd()) / Path(path).expanduser()).resolve()
 
-# %% ../nbs/01_files.ipynb #6a89eafb
+# %% ../nbs/01_files.ipynb #83d94e2f
 @contextlib.contextmanager
 def atomic_write(
     path: str | Path,  # the file to create or replace
@@ -78,7 +78,7 @@ def _umask() -> int:
     os.umask(mask)
     return mask
 
-# %% ../nbs/01_files.ipynb #b1384566
+# %% ../nbs/01_files.ipynb #d1019b32
 @contextlib.contextmanager
 def atomic_folder(
     path: str | Path,  # the folder to create or replace
@@ -103,7 +103,7 @@ def atomic_folder(
         shutil.rmtree(tmp, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/01_files.ipynb #07c0eb46
+# %% ../nbs/01_files.ipynb #e642e6c0
 def write_json(
     path: str | Path,  # the file to create or replace
     value: Any,  # anything that JSON can hold
@@ -134,7 +134,7 @@ def pack_tensors(
     header = json.dumps({"kind": kind, "version": version, "meta": meta}, allow_nan=False)
     return safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata={"hiernb": header})
 
-# %% ../nbs/01_files.ipynb #cec8bef0
+# %% ../nbs/01_files.ipynb #1ae3b098
 def write_tensors(
     path: str | Path,  # the file to create or replace
     tensors: dict[str, torch.Tensor],  # name -> tensor
@@ -147,7 +147,7 @@ def write_tensors(
     with atomic_write(path) as f:
         f.write(data)
 
-# %% ../nbs/01_files.ipynb #a9ad2619
+# %% ../nbs/01_files.ipynb #3691d7d9
 def _parse_header(path: str | Path, metadata: dict[str, str], kind: str, version: int) -> Any:
     "The meta of a header, if the file is of that kind."
     expected = f"a {kind} file of hiernb, version {version} or older"
@@ -166,15 +166,15 @@ def _parse_header(path: str | Path, metadata: dict[str, str], kind: str, version
 @contextlib.contextmanager
 def _opened(path: str | Path, kind: str) -> Iterator[Any]:
     "An open safetensors file; damage becomes `DamagedFileError`."
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a {kind} file of hiernb")
     try:
         with safetensors.safe_open(path, framework="pt") as f:
             yield f
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{path}: no such file; expected a {kind} file of hiernb") from e
     except (safetensors.SafetensorError, OSError) as e:
         raise DamagedFileError(path, f"it is not a whole safetensors file ({e})", f"a {kind} file of hiernb") from e
 
-# %% ../nbs/01_files.ipynb #d0b72a5f
+# %% ../nbs/01_files.ipynb #c2e7f5da
 def read_header(
     path: str | Path,  # the file to read
     kind: str,  # the kind that is expected
@@ -197,7 +197,7 @@ def read_tensors(
         metadata, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     return tensors, _parse_header(path, metadata, kind, version)
 
-# %% ../nbs/01_files.ipynb #5b33c1b7
+# %% ../nbs/01_files.ipynb #80f4f990
 def sha256_file(
     path: str | Path,  # the file
 ) -> str:  # 64 hexadecimal digits
