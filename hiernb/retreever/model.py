@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Retreever', 'retreever_loss']
 
-# %% ../../nbs/retreever/04_model.ipynb #b1211d86
+# %% ../../nbs/retreever/04_model.ipynb #13542533
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from .similarity import ntvd
 from .split import SPLITS
 from ..tree import check_depth, check_level, sum_up
 
-# %% ../../nbs/retreever/04_model.ipynb #47c61f5c
+# %% ../../nbs/retreever/04_model.ipynb #afa55304
 class Retreever(nn.Module, PyTorchModelHubMixin, library_name="hiernb", tags=["retreever", "retrieval"]):
     "A differentiable retrieval tree on a frozen encoder (arXiv 2502.07971)."
 
@@ -49,20 +49,26 @@ class Retreever(nn.Module, PyTorchModelHubMixin, library_name="hiernb", tags=["r
         self.encoder_settings, self.encoder_fingerprint = encoder or {"name": "minilm"}, encoder_fingerprint
         self._encoder: list[Encoder] = []  # in a list: not a submodule, never trained or saved
 
-    def assign(
-        self,
-        x: torch.Tensor,  # [B, d] pooled vectors
-        level: int | None = None,  # None: the leaves
-    ) -> torch.Tensor:  # [B, 2^level] float32, rows sum to 1
-        "Assignment T(x) at a level: by the tree truncated there if the propagation allows it, else summed up from the leaves."
-        level = self.depth if level is None else check_level(level, self.depth)
-        if self.propagation.truncates:
-            return self.propagation(self.split(x, level)) if level else x.new_ones(len(x), 1)
-        return sum_up(self.propagation(self.split(x)), level)
+# %% ../../nbs/retreever/04_model.ipynb #56a132b2
+@patch
+def assign(
+    self: Retreever,
+    x: torch.Tensor,  # [B, d] pooled vectors
+    level: int | None = None,  # None: the leaves
+) -> torch.Tensor:  # [B, 2^level] float32, rows sum to 1
+    "Assignment T(x) at a level: by the tree truncated there if the propagation allows it, else summed up from the leaves."
+    level = self.depth if level is None else check_level(level, self.depth)
+    if self.propagation.truncates:
+        return self.propagation(self.split(x, level)) if level else x.new_ones(len(x), 1)
+    return sum_up(self.propagation(self.split(x)), level)
 
-    forward = assign
 
-# %% ../../nbs/retreever/04_model.ipynb #eed2b792
+@patch
+def forward(self: Retreever, x: torch.Tensor, level: int | None = None) -> torch.Tensor:
+    "The same as `assign`."
+    return self.assign(x, level)
+
+# %% ../../nbs/retreever/04_model.ipynb #26a34641
 def retreever_loss(
     model: Retreever,
     queries: torch.Tensor,  # [B, d] pooled vectors of queries
@@ -80,7 +86,7 @@ def retreever_loss(
         loss = loss + symmetric_info_nce(ntvd(q, c), scale, same)
     return loss, {"level": deepest, "scale": scale.detach()}
 
-# %% ../../nbs/retreever/04_model.ipynb #4206b8b1
+# %% ../../nbs/retreever/04_model.ipynb #0093511e
 @patch
 @torch.no_grad()
 def assign_all(
@@ -100,7 +106,7 @@ def assign_all(
     self.train(training)
     return out
 
-# %% ../../nbs/retreever/04_model.ipynb #0eebc1a7
+# %% ../../nbs/retreever/04_model.ipynb #de585fc2
 @patch
 def attach(
     self: Retreever,
@@ -132,7 +138,7 @@ def encode(
     out = out[0] if single else out
     return out if convert_to_tensor else out.numpy()
 
-# %% ../../nbs/retreever/04_model.ipynb #281da511
+# %% ../../nbs/retreever/04_model.ipynb #f5853ddb
 @patch
 def encode_query(self: Retreever, sentences: str | Sequence[str], **kwargs) -> np.ndarray | torch.Tensor:
     "`encode` with kind \"query\"."
@@ -150,7 +156,7 @@ def similarity(self: Retreever, a: np.ndarray | torch.Tensor, b: np.ndarray | to
     "nTVD of all pairs of assignments, [n, L] and [m, L] → [n, m]."
     return ntvd(torch.as_tensor(a), torch.as_tensor(b))
 
-# %% ../../nbs/retreever/04_model.ipynb #85a5a693
+# %% ../../nbs/retreever/04_model.ipynb #6236752b
 @patch
 def config(self: Retreever) -> dict[str, Any]:  # what JSON can hold
     "The constructor's arguments."
@@ -180,7 +186,7 @@ def _from_pretrained(cls, *, model_id: str, revision: str | None, cache_dir: Any
 
 Retreever._from_pretrained = classmethod(_from_pretrained)
 
-# %% ../../nbs/retreever/04_model.ipynb #8e95ecc3
+# %% ../../nbs/retreever/04_model.ipynb #d740e12a
 @patch
 def _repr_markdown_(self: Retreever) -> str:
     "What a notebook shows."
