@@ -89,7 +89,7 @@ def test_adapters_learn(make):
 
     def hits(size):
         with torch.no_grad():
-            return ((model.encode(held_q, size) @ model.encode(held_c, size).T).argmax(1) == torch.arange(300)).float().mean().item()
+            return ((model.represent(held_q, size) @ model.represent(held_c, size).T).argmax(1) == torch.arange(300)).float().mean().item()
 
     before = {size: hits(size) for size in (8, 16)}
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -158,7 +158,7 @@ def test_pca_keeps_what_varies():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(400, 3, generator=g) @ torch.randn(3, 20, generator=g) + 5.0
     pca = PCATruncation.fit(x)
-    whole, cut = pca.encode(x), pca.encode(x, 3)
+    whole, cut = pca.represent(x), pca.represent(x, 3)
     torch.testing.assert_close(whole @ whole.T, cut @ cut.T, atol=1e-3, rtol=0)
     assert PCATruncation.fit(x[:5]).axes.shape == (5, 20)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from hiernb.data.sources import load_pairs
-from hiernb.experiments import RetreeverRun
 from hiernb.retreever.model import Retreever
+from hiernb.retreever_runs import RetreeverRun
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"

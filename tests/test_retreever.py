@@ -21,11 +21,10 @@ TRAIN = """
 import sys, torch
 from hiernb.retreever.model import Retreever
 from hiernb.retreever.schedule import make_schedule
-from hiernb.retreever.similarity import ntvd
 from hiernb.retreever.split import calibrate
 from hiernb.training.loop import fit
 from hiernb.training.optim import TrainSettings
-from hiernb.training.retrieval import PairVectors, encode_tree, tree_loss, validator
+from hiernb.training.retrieval import PairVectors, tree_loss, validator
 
 torch.set_num_threads(1)
 g = torch.Generator().manual_seed(0)
@@ -36,8 +35,7 @@ torch.manual_seed(0)
 model = Retreever(dim=32, depth=6)
 calibrate(model.split, contexts)
 settings = TrainSettings(steps=1200, batch_size=64, lr=1e-2, validate_every=200, checkpoint_every=50, log_every=10, device="cpu")
-fit(model, tree_loss(pairs, make_schedule("stochastic", 6, 1200)), 400, settings, validate=validator(pairs, {"ndcg@10": encode_tree()}, ntvd),
-    run_dir=sys.argv[1], progress=False)
+fit(model, tree_loss(pairs, make_schedule("stochastic", 6, 1200)), 400, settings, validate=validator(pairs), run_dir=sys.argv[1], progress=False)
 model.save_pretrained(sys.argv[1])
 """
 
@@ -113,7 +111,9 @@ def test_bad_vectors_are_refused(x, error):
 
 @pytest.mark.parametrize("arguments, named", [
     ({"depth": 17}, "depth"), ({"depth": 0}, "depth"), ({"split": "x"}, "split"), ({"propagation": "prduct"}, "product"), ({"dim": 0}, "dim"),
-    ({"scale": -1.0}, "init"), ({"spread": 0.0}, "spread"),
+    ({"scale": -1.0}, "init"), ({"spread": 0.0}, "spread"), ({"scales": "all"}, "scales"), ({"scales": "per-level", "scale": [1.0, 2.0]}, "3 levels"),
+    ({"split_settings": {"width": 3}}, "split_settings"), ({"propagation": "learned", "propagation_settings": {"hiden": 3}}, "hidden"),
+    ({"tokens": True}, "tokens"),
 ])
 def test_bad_settings_are_refused_by_name(arguments, named):
     with pytest.raises(HiernbError, match=named):

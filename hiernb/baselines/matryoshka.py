@@ -5,18 +5,21 @@
 # %% auto #0
 __all__ = ['matryoshka_sizes', 'prefix_cosines', 'MatryoshkaAdapter', 'PCATruncation']
 
-# %% ../../nbs/baselines/01_matryoshka.ipynb #bd0fc799
+# %% ../../nbs/baselines/01_matryoshka.ipynb #59fa2d31
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from .adapter import LinearAdapter, truncate
 from ..contrastive import same_context, symmetric_info_nce
 from ..errors import check_choice, check_finite, check_int, check_not_empty, check_shape
+from ..pretrained import PretrainedModel
+from ..sentences import SentenceModel
 
-# %% ../../nbs/baselines/01_matryoshka.ipynb #013d5344
+# %% ../../nbs/baselines/01_matryoshka.ipynb #27bf6b67
 def matryoshka_sizes(
     dim: int,  # width d
     smallest: int = 2,  # the first size
@@ -27,7 +30,7 @@ def matryoshka_sizes(
         sizes.append(2 * sizes[-1])
     return sizes if sizes[-1] == dim else [*sizes, dim]
 
-# %% ../../nbs/baselines/01_matryoshka.ipynb #2ab961f0
+# %% ../../nbs/baselines/01_matryoshka.ipynb #4cabf0c0
 def prefix_cosines(
     queries: torch.Tensor,  # [B, d]
     contexts: torch.Tensor,  # [C, d]
@@ -40,9 +43,11 @@ def prefix_cosines(
     q, c = (x.square().cumsum(1)[:, at].clamp_min(1e-24).rsqrt().T for x in (queries, contexts))  # [S, B], one over the lengths
     return inner * q[:, :, None] * c[:, None, :]
 
-# %% ../../nbs/baselines/01_matryoshka.ipynb #d18c55c5
-class MatryoshkaAdapter(LinearAdapter):
+# %% ../../nbs/baselines/01_matryoshka.ipynb #cc0b415e
+class MatryoshkaAdapter(LinearAdapter, tags=["matryoshka"]):
     "A linear adapter whose loss is taken at several prefix sizes at once, so that its vectors may be cut short."
+
+    file_kind = "matryoshka-adapter"
 
     def __init__(
         self,
@@ -51,62 +56,88 @@ class MatryoshkaAdapter(LinearAdapter):
         scale: float = 20.0,  # initial factor on the cosine, learned
         cap: float | None = None,  # largest scale; None for no limit
         reduce: str = "mean",  # "mean" or "sum" of the losses over the sizes
+        encoder: dict | None = None,  # arguments of `load_encoder`; None: what is attached, else the embedded default
+        encoder_fingerprint: str | None = None,  # of the encoder it was trained on; checked when one is attached
     ):
-        super().__init__(dim, scale, cap)
+        super().__init__(dim, scale, cap, encoder, encoder_fingerprint)
         sizes = matryoshka_sizes(dim) if sizes is None else check_not_empty("sizes", sizes)
         self.sizes = sorted({check_int("sizes", s, 1, dim, "the width of the vectors") for s in sizes})
         self.reduce = check_choice("reduce", reduce, ("mean", "sum"))
 
-    def forward(
-        self,
-        queries: torch.Tensor,  # [B, d]
-        contexts: torch.Tensor,  # [B, d], row i answers query i
-        context_ids: torch.Tensor | None = None,  # [B] integers, equal where two pairs share their context
-    ) -> tuple[torch.Tensor, dict[str, Any]]:  # scalar loss; detached "loss", "scale" and "loss@m" per size
-        "The mean (or sum) of the contrastive losses over the prefix sizes."
-        check_shape("contexts", contexts, tuple(queries.shape))
-        q, c = (self.layer(check_shape(name, x, ("B", self.layer.in_features))) for name, x in (("queries", queries), ("contexts", contexts)))
-        similarity = prefix_cosines(q, c, self.sizes)
-        losses = symmetric_info_nce(similarity, scale := self.scale(), None if context_ids is None else same_context(context_ids))
-        loss = losses.mean() if self.reduce == "mean" else losses.sum()
-        return loss, {"loss": loss.detach(), "scale": scale.detach(), **{f"loss@{m}": x for m, x in zip(self.sizes, losses.detach())}}
+    def config(self) -> dict[str, Any]:  # what JSON can hold
+        "The constructor's arguments."
+        return super().config() | {"dim": self.dim, "sizes": self.sizes}
 
     def extra_repr(self) -> str:
         return f"sizes={self.sizes}, reduce={self.reduce!r}"
 
-# %% ../../nbs/baselines/01_matryoshka.ipynb #0e8a6f93
-class PCATruncation(nn.Module):
+# %% ../../nbs/baselines/01_matryoshka.ipynb #e97502cb
+@patch
+def forward(
+    self: MatryoshkaAdapter,
+    queries: torch.Tensor,  # [B, d]
+    contexts: torch.Tensor,  # [B, d], row i answers query i
+    context_ids: torch.Tensor | None = None,  # [B] integers, equal where two pairs share their context
+) -> tuple[torch.Tensor, dict[str, Any]]:  # scalar loss; detached "loss", "scale" and "loss@m" per size
+    "The mean (or sum) of the contrastive losses over the prefix sizes."
+    check_shape("contexts", contexts, tuple(queries.shape))
+    q, c = (self.layer(check_shape(name, x, ("B", self.layer.in_features))) for name, x in (("queries", queries), ("contexts", contexts)))
+    similarity = prefix_cosines(q, c, self.sizes)
+    losses = symmetric_info_nce(similarity, scale := self.scale(), None if context_ids is None else same_context(context_ids))
+    loss = losses.mean() if self.reduce == "mean" else losses.sum()
+    return loss, {"loss": loss.detach(), "scale": scale.detach(), **{f"loss@{m}": x for m, x in zip(self.sizes, losses.detach())}}
+
+# %% ../../nbs/baselines/01_matryoshka.ipynb #f84dca37
+class PCATruncation(SentenceModel, PretrainedModel, nn.Module, tags=["pca", "retrieval"], library_name="hiernb"):
     "Vectors in the principal axes of the training contexts, to be cut short; make one with `PCATruncation.fit`."
+
+    file_kind = "pca-truncation"
 
     def __init__(
         self,
-        mean: torch.Tensor,  # [d]
-        axes: torch.Tensor,  # [r, d] orthonormal rows, most variance first
+        dim: int,  # width d of the encoder's vectors
+        n_axes: int,  # r, how many axes there are
+        encoder: dict | None = None,  # arguments of `load_encoder`; None: what is attached, else the embedded default
+        encoder_fingerprint: str | None = None,  # of the encoder it was fitted on; checked when one is attached
     ):
         super().__init__()
-        self.register_buffer("mean", mean)
-        self.register_buffer("axes", axes)
+        self.dim = check_int("dim", dim, 1)
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("axes", torch.zeros(check_int("n_axes", n_axes, 1, dim), dim))  # orthonormal rows, most variance first
+        self.use_encoder(encoder, encoder_fingerprint)
 
-    @classmethod
-    def fit(
-        cls,
-        contexts: torch.Tensor,  # [n, d] vectors of training contexts, n ≥ 2
-        seed: int = 0,  # seed of scikit-learn's solver
-    ) -> "PCATruncation":
-        "Fits the axes with scikit-learn; there are min(n, d) of them."
-        from sklearn.decomposition import PCA  # noqa: PLC0415
+    @property
+    def max_size(self) -> int:
+        "Numbers in a vector that is not cut: as many as there are axes."
+        return len(self.axes)
 
-        x = check_finite("contexts", check_shape("contexts", contexts, ("n", "d")).detach().float().cpu())
-        check_int("contexts", len(x), 2, why="vectors to fit axes to")
-        pca = PCA(random_state=seed).fit(x.numpy())
-        return cls(torch.from_numpy(pca.mean_).float(), torch.from_numpy(pca.components_).float())
+# %% ../../nbs/baselines/01_matryoshka.ipynb #d96c481c
+@patch(cls_method=True)
+def fit(
+    cls: PCATruncation,
+    contexts: torch.Tensor,  # [n, d] vectors of training contexts, n ≥ 2
+    seed: int = 0,  # seed of scikit-learn's solver
+) -> PCATruncation:
+    "Fits the axes with scikit-learn; there are min(n, d) of them."
+    from sklearn.decomposition import PCA  # noqa: PLC0415
 
-    def encode(
-        self,
-        x: torch.Tensor,  # [B, d]
-        size: int | None = None,  # axes to keep; None: all
-    ) -> torch.Tensor:  # [B, size], unit length
-        "Centred, rotated and cut vectors."
-        return truncate((check_shape("x", x, ("B", len(self.mean))) - self.mean) @ self.axes.T, size)
+    x = check_finite("contexts", check_shape("contexts", contexts, ("n", "d")).detach().float().cpu())
+    check_int("contexts", len(x), 2, why="vectors to fit axes to")
+    pca = PCA(random_state=seed).fit(x.numpy())
+    model = cls(x.shape[1], len(pca.components_))
+    model.load_state_dict({"mean": torch.from_numpy(pca.mean_), "axes": torch.from_numpy(pca.components_)})
+    return model
 
-    forward = encode
+
+@patch
+def represent(
+    self: PCATruncation,
+    x: torch.Tensor,  # [n, d]
+    size: int | None = None,  # axes to keep; None: all
+) -> torch.Tensor:  # [n, size] on the CPU, unit length
+    "Centred, rotated and cut vectors."
+    size = self.check_size(size)
+    return self.in_blocks(lambda rows: truncate((rows - self.mean) @ self.axes[:size].T), x, size)
+
+
+PCATruncation.forward = PCATruncation.represent

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['PROPAGATIONS', 'ProductPropagation', 'LearnedPropagation']
 
-# %% ../../nbs/retreever/04_propagation.ipynb #f8ae0302
+# %% ../../nbs/retreever/04_propagation.ipynb #1e693caf
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from ..errors import check_int, check_number, check_shape
 from ..tree import check_depth, n_leaves, paths, product_down
 
-# %% ../../nbs/retreever/04_propagation.ipynb #aac11684
+# %% ../../nbs/retreever/04_propagation.ipynb #f8a7e4cf
 class ProductPropagation(nn.Module):
     "Multiplies the decisions along each path (ReTreever, eq. 7)."
 
@@ -28,14 +29,15 @@ class ProductPropagation(nn.Module):
     def forward(
         self,
         scores: torch.Tensor,  # [B, 2^h − 1] split scores, h ≤ D
+        log: bool = False,  # the logarithm instead
     ) -> torch.Tensor:  # [B, 2^h] assignment at level h, float32, rows sum to 1
         "Assignment over the leaves of the (truncated) tree."
-        return product_down(scores.float())
+        return product_down(scores.float(), log)
 
     def extra_repr(self) -> str:
         return f"depth={self.depth}"
 
-# %% ../../nbs/retreever/04_propagation.ipynb #159aab92
+# %% ../../nbs/retreever/04_propagation.ipynb #c246e932
 class LearnedPropagation(nn.Module):
     "A learned function of each leaf's path, normalised over the leaves (ReTreever, appendix A.3)."
 
@@ -57,21 +59,26 @@ class LearnedPropagation(nn.Module):
         self.dropout = nn.Dropout(check_number("dropout", dropout, 0, 1))
         path = torch.from_numpy(paths(depth))
         self.register_buffer("ancestors", path[:, :-1], persistent=False)  # [2^D, D] split nodes on the way
-        self.register_buffer("side", torch.where(path[:, 1:] % 2 == 1, 1.0, -1.0), persistent=False)  # +1 where the way goes left
-
-    def forward(
-        self,
-        scores: torch.Tensor,  # [B, 2^D − 1] scores of all splits
-    ) -> torch.Tensor:  # [B, 2^D] float32, rows sum to 1
-        "Assignment over the leaves."
-        check_shape("scores", scores, ("B", len(self.ancestors) - 1))
-        signed = scores.float()[:, self.ancestors] * self.side  # [B, 2^D, D]
-        hidden = torch.einsum("bld,ldh->blh", torch.sigmoid(signed), self.weight_in) + self.bias_in
-        e = (self.dropout(torch.relu(hidden)) * self.weight_out).sum(-1)
-        return (e + product_down(scores.float(), log=True) if self.residual else e).softmax(-1)
+        self.register_buffer("side", torch.where(path[:, 1:] % 2 == 1, 1.0, -1.0)[..., None], persistent=False)  # +1 where the way goes left
 
     def extra_repr(self) -> str:
         return f"depth={self.depth}, hidden={self.weight_out.shape[1]}, residual={self.residual}"
 
-# %% ../../nbs/retreever/04_propagation.ipynb #53ff3097
+# %% ../../nbs/retreever/04_propagation.ipynb #9e64da0f
+@patch
+def forward(
+    self: LearnedPropagation,
+    scores: torch.Tensor,  # [B, 2^D − 1] scores of all splits
+    log: bool = False,  # the logarithm instead
+) -> torch.Tensor:  # [B, 2^D] float32, rows sum to 1
+    "Assignment over the leaves."
+    check_shape("scores", scores, ("B", len(self.ancestors) - 1))
+    with torch.autocast(scores.device.type, enabled=False):
+        z = torch.sigmoid(scores.float().T.contiguous()[self.ancestors] * self.side)  # [2^D, D, B]
+        hidden = torch.relu(self.weight_in.mT @ z + self.bias_in[..., None])  # [2^D, hidden, B]
+        e = (self.weight_out[:, None] @ self.dropout(hidden))[:, 0].T
+        e = e + product_down(scores.float(), log=True) if self.residual else e
+    return e.log_softmax(-1) if log else e.softmax(-1)
+
+# %% ../../nbs/retreever/04_propagation.ipynb #4841fd9a
 PROPAGATIONS = {"product": ProductPropagation, "learned": LearnedPropagation}  # name -> class, called as cls(depth)

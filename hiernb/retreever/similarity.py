@@ -5,116 +5,218 @@
 # %% auto #0
 __all__ = ['ntvd']
 
-# %% ../../nbs/retreever/00_similarity.ipynb #1c9e793d
+# %% ../../nbs/retreever/00_similarity.ipynb #d007147f
+import ctypes
 import functools
+import math
 import os
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numba
 import numpy as np
+import threadpoolctl
 import torch
 
 from ..errors import ShapeError
 
-# %% ../../nbs/retreever/00_similarity.ipynb #e2ff0b3d
-@numba.njit(nogil=True, fastmath=True, cache=True)
-def _min_sum(a: np.ndarray, b: np.ndarray, out: np.ndarray, low: int, high: int) -> None:
-    "out[i, j] = Σ_l min(a[i, l], b[j, l]) for rows low ≤ i < high, in tiles of 2 × 4 pairs."
-    n, width = b.shape
-    for i in range(low, high, 2):
-        k = min(i + 1, high - 1)  # a tile that reaches over the edge repeats the last row
-        for j in range(0, n, 4):
-            j1, j2, j3 = min(j + 1, n - 1), min(j + 2, n - 1), min(j + 3, n - 1)
-            s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = np.float32(0)
-            for c in range(width):
-                x, y = a[i, c], a[k, c]
-                u0, u1, u2, u3 = b[j, c], b[j1, c], b[j2, c], b[j3, c]
-                s0 += min(x, u0)
-                s1 += min(x, u1)
-                s2 += min(x, u2)
-                s3 += min(x, u3)
-                t0 += min(y, u0)
-                t1 += min(y, u1)
-                t2 += min(y, u2)
-                t3 += min(y, u3)
-            out[i, j], out[i, j1], out[i, j2], out[i, j3] = s0, s1, s2, s3
-            out[k, j], out[k, j1], out[k, j2], out[k, j3] = t0, t1, t2, t3
+# %% ../../nbs/retreever/00_similarity.ipynb #3f18f372
+_FAST = {"reassoc", "nsz", "contract"}  # of LLVM's fast-math: all that vectorising needs, without "there is no NaN"
+_ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
 
-# %% ../../nbs/retreever/00_similarity.ipynb #3e82713b
-@numba.njit(nogil=True, fastmath=True, cache=True)
-def _sign_sum(a: np.ndarray, b: np.ndarray, grad: np.ndarray, out: np.ndarray, low: int, high: int) -> None:
-    "out[i, l] = ½ Σ_j grad[i, j] · sign(b[j, l] − a[i, l]) for rows low ≤ i < high, 256 columns at a time."
-    n, width = b.shape
-    zero, one, half, huge = np.float32(0), np.float32(1), np.float32(0.5), np.float32(3e38)
-    sum_x, sum_y = np.empty(256, np.float32), np.empty(256, np.float32)
-    for c0 in range(0, width, 256):
-        w = min(256, width - c0)
-        for i in range(low, high, 2):
-            k = min(i + 1, high - 1)
-            sum_x[:], sum_y[:] = zero, zero
-            x, y = a[i, c0 : c0 + w], a[k, c0 : c0 + w]
-            for j in range(0, n, 2):
-                j1 = min(j + 1, n - 1)
-                g0, h0 = grad[i, j], grad[k, j]
-                g1, h1 = (grad[i, j1], grad[k, j1]) if j1 > j else (zero, zero)
-                u, v = b[j, c0 : c0 + w], b[j1, c0 : c0 + w]
-                for c in range(w):
-                    p, q = x[c], y[c]
-                    sum_x[c] += g0 * min(max((u[c] - p) * huge, -one), one) + g1 * min(max((v[c] - p) * huge, -one), one)
-                    sum_y[c] += h0 * min(max((u[c] - q) * huge, -one), one) + h1 * min(max((v[c] - q) * huge, -one), one)
-            for c in range(w):
-                out[i, c0 + c], out[k, c0 + c] = half * sum_x[c], half * sum_y[c]
 
-# %% ../../nbs/retreever/00_similarity.ipynb #a285dab1
+@numba.njit(nogil=True, fastmath=_FAST, cache=True)
+def _half_masses(x: np.ndarray) -> np.ndarray:  # [n] float32
+    "½ Σ_l x[i, l] of every row."
+    out = np.empty(len(x), np.float32)
+    for i in range(len(x)):
+        s = _ZERO
+        for l in range(x.shape[1]):
+            s += x[i, l]
+        out[i] = _HALF * s
+    return out
+
+# %% ../../nbs/retreever/00_similarity.ipynb #0c4f32a9
+@numba.njit(nogil=True, fastmath=_FAST, cache=True)
+def _scores(a: np.ndarray, b: np.ndarray, mass_a: np.ndarray, mass_b: np.ndarray, out: np.ndarray, low: int, high: int) -> None:
+    "out[i, j] = Σ_l min(a[i, l], b[j, l]) − mass_a[i] − mass_b[j] for rows low ≤ i < high; a tile over the edge repeats the last row."
+    n, width = b.shape
+    for j0 in range(0, n, 64):
+        for i in range(low, high, 4):
+            i1, i2, i3 = min(i + 1, high - 1), min(i + 2, high - 1), min(i + 3, high - 1)
+            for j in range(j0, min(j0 + 64, n), 4):
+                j1, j2, j3 = min(j + 1, n - 1), min(j + 2, n - 1), min(j + 3, n - 1)
+                s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = u0 = u1 = u2 = u3 = v0 = v1 = v2 = v3 = _ZERO
+                for l in range(width):
+                    p, q, r, s = a[i, l], a[i1, l], a[i2, l], a[i3, l]
+                    w, x, y, z = b[j, l], b[j1, l], b[j2, l], b[j3, l]
+                    s0, s1, s2, s3 = s0 + min(p, w), s1 + min(p, x), s2 + min(p, y), s3 + min(p, z)
+                    t0, t1, t2, t3 = t0 + min(q, w), t1 + min(q, x), t2 + min(q, y), t3 + min(q, z)
+                    u0, u1, u2, u3 = u0 + min(r, w), u1 + min(r, x), u2 + min(r, y), u3 + min(r, z)
+                    v0, v1, v2, v3 = v0 + min(s, w), v1 + min(s, x), v2 + min(s, y), v3 + min(s, z)
+                for k, k0, k1, k2, k3 in ((i, s0, s1, s2, s3), (i1, t0, t1, t2, t3), (i2, u0, u1, u2, u3), (i3, v0, v1, v2, v3)):
+                    out[k, j], out[k, j1] = k0 - mass_a[k] - mass_b[j], k1 - mass_a[k] - mass_b[j1]
+                    out[k, j2], out[k, j3] = k2 - mass_a[k] - mass_b[j2], k3 - mass_a[k] - mass_b[j3]
+
+# %% ../../nbs/retreever/00_similarity.ipynb #abf52a4b
+@numba.njit(inline="always")
+def _pull(a: float, b: float, g: float) -> float:
+    "g · sign(b − a)."
+    return g * math.copysign(_ONE, b - a) if a != b else _ZERO
+
+
+@numba.njit(nogil=True, fastmath=_FAST, cache=True)
+def _along_contexts(a: np.ndarray, bt: np.ndarray, g: np.ndarray, da: np.ndarray, db: np.ndarray, first: int, last: int) -> None:
+    "da[i, l] = ½ Σ_j g[i, j] sign(b[j, l] − a[i, l]) for first ≤ l < last, and the same terms, not halved, taken from db[l − first, j]."
+    m, n = len(a), len(db[0])
+    for i in range(0, m, 4):
+        i1, i2, i3 = min(i + 1, m - 1), min(i + 2, m - 1), min(i + 3, m - 1)
+        g0, g1, g2, g3 = g[i], g[i + 1], g[i + 2], g[i + 3]
+        for l in range(first, last, 2):
+            k = min(l + 1, last - 1)
+            b0, b1, d0, d1 = bt[l - first], bt[l - first + 1], db[l - first], db[l - first + 1]
+            p0, p1, p2, p3, q0, q1, q2, q3 = a[i, l], a[i1, l], a[i2, l], a[i3, l], a[i, k], a[i1, k], a[i2, k], a[i3, k]
+            s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = _ZERO
+            for j in range(n):
+                x, y, w0, w1, w2, w3 = b0[j], b1[j], g0[j], g1[j], g2[j], g3[j]
+                x0, x1, x2, x3 = _pull(p0, x, w0), _pull(p1, x, w1), _pull(p2, x, w2), _pull(p3, x, w3)
+                y0, y1, y2, y3 = _pull(q0, y, w0), _pull(q1, y, w1), _pull(q2, y, w2), _pull(q3, y, w3)
+                s0, s1, s2, s3 = s0 + x0, s1 + x1, s2 + x2, s3 + x3
+                t0, t1, t2, t3 = t0 + y0, t1 + y1, t2 + y2, t3 + y3
+                d0[j] -= x0 + x1 + x2 + x3
+                d1[j] -= y0 + y1 + y2 + y3
+            da[i3, k], da[i2, k], da[i1, k], da[i, k] = _HALF * t3, _HALF * t2, _HALF * t1, _HALF * t0  # repeated rows and leaves first,
+            da[i3, l], da[i2, l], da[i1, l], da[i, l] = _HALF * s3, _HALF * s2, _HALF * s1, _HALF * s0  # so that the right ones stay
+
+# %% ../../nbs/retreever/00_similarity.ipynb #9dd5bc0e
+@numba.njit(nogil=True, fastmath=_FAST, cache=True)
+def _gradients(a: np.ndarray, b: np.ndarray, g: np.ndarray, da: np.ndarray, db: np.ndarray, low: int, high: int) -> None:
+    "Columns low ≤ l < high of both gradients, from a [B, L], b [C, L] and g [B rounded up to fours, C]."
+    bt = np.zeros((16, len(b)), np.float32)
+    total = np.zeros_like(bt)
+    for first in range(low, high, 16):
+        last = min(first + 16, high)
+        for j in range(len(b)):
+            for l in range(first, last):
+                bt[l - first, j] = b[j, l]
+        total[:] = _ZERO
+        _along_contexts(a, bt, g, da, total, first, last)
+        for j in range(len(b)):
+            for l in range(first, last):
+                db[j, l] = _HALF * total[l - first, j]
+
+# %% ../../nbs/retreever/00_similarity.ipynb #0e92b1f6
+_PROCESS = os.getpid()
+_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@functools.cache
+def _openmp() -> Callable | None:
+    "`GOMP_parallel` of the OpenMP library that PyTorch uses; None where there is none."
+    paths = [library["filepath"] for library in threadpoolctl.threadpool_info() if library["user_api"] == "openmp"]
+    paths = [path for path in paths if path.startswith(str(Path(torch.__file__).parent))] or (paths if len(paths) == 1 else [])
+    parallel = getattr(ctypes.CDLL(paths[0]), "GOMP_parallel", None) if paths else None
+    if parallel is not None:
+        parallel.argtypes, parallel.restype = (_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return parallel
+
+# %% ../../nbs/retreever/00_similarity.ipynb #f669b694
 @functools.lru_cache(maxsize=4)
-def _pool(pid: int, threads: int) -> ThreadPoolExecutor:
-    "One pool of threads a process (a forked child must not use its parent's)."
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    "One pool of threads a process."
     return ThreadPoolExecutor(threads)
 
 
-def _over_rows(kernel: Callable, n: int, work: int, *arrays: np.ndarray) -> None:
-    "Runs a kernel over n rows, in threads if there are more than a million entries of work."
-    threads = min(torch.get_num_threads(), max(1, n // 2))
-    if threads == 1 or work < 1 << 20:
-        return kernel(*arrays, 0, n)
-    edges = [2 * round(t * n / threads / 2) for t in range(threads)] + [n]
-    jobs = [_pool(os.getpid(), threads).submit(kernel, *arrays, low, high) for low, high in zip(edges, edges[1:]) if low < high]
-    for job in jobs:
-        job.result()
+def _in_threads(work: Callable[[], None], threads: int) -> None:
+    "Calls `work` in the calling thread and in helpers at once, as PyTorch's OpenMP threads where possible; raises what a call raised."
+    failures = []
 
-# %% ../../nbs/retreever/00_similarity.ipynb #0d42b3b7
+    def body(_: object = None) -> None:
+        try:
+            work()
+        except BaseException as e:
+            failures.append(e)
+
+    if os.getpid() == _PROCESS and _openmp():
+        _openmp()(_BODY(body), None, threads, 0)
+    else:
+        helpers = [_pool(os.getpid(), threads).submit(body) for _ in range(threads - 1)]
+        body()
+        for helper in helpers:
+            helper.cancel() or helper.result()  # one that has not begun by now has nothing left to do
+    if failures:
+        raise failures[0]
+
+# %% ../../nbs/retreever/00_similarity.ipynb #1bc9ae96
+def _share(kernel: Callable, n: int, step: int, entries: int, *arrays: np.ndarray) -> None:
+    "Runs a kernel over range(n) in parts of `step`, in threads if there are more than two million entries of work."
+    threads = torch.get_num_threads()
+    if threads == 1 or entries < 1 << 21:
+        return kernel(*arrays, 0, n)
+    parts = iter(range(0, n, step))  # `next` on it is one step under the interpreter lock
+
+    def work() -> None:
+        for low in parts:
+            kernel(*arrays, low, min(low + step, n))
+
+    _in_threads(work, threads)
+
+# %% ../../nbs/retreever/00_similarity.ipynb #6c40b161
 class _CpuNTVD(torch.autograd.Function):
     "nTVD of all pairs on the CPU, fp32, with its hand-written backward."
 
     @staticmethod
     def forward(ctx, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        a, b = a.contiguous(), b.contiguous()
         ctx.save_for_backward(a, b)
-        out = a.new_empty(len(a), len(b))
-        _over_rows(_min_sum, len(a), out.numel() * a.shape[1], a.detach().numpy(), b.detach().numpy(), out.numpy())
-        return out - 0.5 * (a.sum(1, keepdim=True) + b.sum(1))
+        x, y = (np.ascontiguousarray(t.detach().numpy()) for t in (a, b))
+        out = torch.empty(len(a), len(b))
+        _share(_scores, len(x), 16, out.numel() * x.shape[1], x, y, _half_masses(x), _half_masses(y), out.numpy())
+        return out
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        out = []
-        for wanted, (a, b), g in zip(ctx.needs_input_grad, (ctx.saved_tensors, ctx.saved_tensors[::-1]), (grad, grad.T)):
-            out.append(torch.empty_like(a) if wanted else None)
-            if wanted:
-                g = g.float().contiguous()
-                _over_rows(_sign_sum, len(a), g.numel() * a.shape[1], a.detach().numpy(), b.detach().numpy(), g.numpy(), out[-1].numpy())
-        return tuple(out)
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = (np.ascontiguousarray(t.detach().numpy()) for t in ctx.saved_tensors)
+        g = np.ascontiguousarray(grad.numpy())
+        if len(x) % 4:
+            g = np.concatenate([g, np.zeros((-len(x) % 4, len(y)), np.float32)])
+        da, db = torch.empty(x.shape), torch.empty(y.shape)
+        _share(_gradients, x.shape[1], 32, g.size * x.shape[1], x, y, g, da.numpy(), db.numpy())
+        return da, db
 
-# %% ../../nbs/retreever/00_similarity.ipynb #93636024
+# %% ../../nbs/retreever/00_similarity.ipynb #7ac30951
+def _cdist(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    "nTVD of all pairs by PyTorch alone."
+    return -0.5 * torch.cdist(a, b, p=1)
+
+
+@functools.cache
+def _kernel(device: str, dtype: torch.dtype) -> Callable:
+    "The implementation for a device type and a dtype. Warns where a GPU has to do without Triton."
+    if device == "cpu" and dtype == torch.float32:
+        return _CpuNTVD.apply
+    if device == "cuda" and dtype != torch.float64:
+        try:
+            from hiernb.retreever.triton_ntvd import triton_ntvd
+
+            return triton_ntvd
+        except ImportError as e:
+            warnings.warn(f"Triton cannot be imported ({e}): nTVD runs on torch.cdist, slower, and its backward in memory for all pairs × leaves", stacklevel=3)
+    return _cdist
+
+# %% ../../nbs/retreever/00_similarity.ipynb #b809344f
 def ntvd(
     a: torch.Tensor,  # [B, L] assignments, rows sum to 1
     b: torch.Tensor,  # [C, L] assignments at the same level
-) -> torch.Tensor:  # [B, C] float32 (float64 for float64 inputs), from −1 (nothing shared) to 0 (equal)
+) -> torch.Tensor:  # [B, C] float32 (float64 where an input is), from −1 (nothing shared) to 0 (equal)
     "Negative total variation distance of all pairs (ReTreever, section 3). Differentiable; memory B·C + (B + C)·L. Raises `ShapeError`."
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ShapeError("b", f"shape {list(b.shape)} beside {list(a.shape)}", "two matrices of equal width, one assignment a row")
-    if a.dtype != torch.float64:
+    half = torch.float16, torch.bfloat16
+    if torch.float64 in (a.dtype, b.dtype):
+        a, b = a.double(), b.double()
+    elif not (a.is_cuda and a.dtype in half and b.dtype in half):  # on a GPU the kernel itself widens
         a, b = a.float(), b.float()
-    if a.device.type == "cpu" and a.dtype == torch.float32:
-        return _CpuNTVD.apply(a, b)
-    return -0.5 * torch.cdist(a, b, p=1)
+    return _kernel(a.device.type, a.dtype)(a, b)

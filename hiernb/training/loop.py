@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from ..errors import ArgumentError, FileFormatError, check_choice, check_int
 from .batches import EpochBatches
+from .distributed import broadcast_weights, ranks, wait_for_all
 from .checkpoint import Checkpoints, checkpoint_header, describe_model, link_file, read_checkpoint
 from .history import History, TrainLog
 from .optim import HOUSEKEEPING, TrainSettings, build_optimizer
@@ -33,6 +34,9 @@ from .steps import Run, log_step, own_accelerator, read_losses, run_validation, 
 def _save(run: Run, best: bool = False, last: bool = False) -> None:
     "Writes a checkpoint; an `OSError` is a warning unless it is the last one."
     read_losses(run)
+    if ranks()[0] > 0:  # rank 0 writes for all; all ranks hold the same state
+        run.saved = run.at.step
+        return
     state = {name: part.state_dict() for name, part in run.parts.items()}
     try:
         run.checkpoints.save(run.at.step, state, run.at.best_value if best else None, run.better, run.identity)
@@ -114,7 +118,8 @@ def _loop(run: Run) -> None:
 def _prepare(run: Run, run_dir: str | Path | None, n_examples: int, monitor: str | None, extra: dict, fingerprint: str | None) -> None:
     "Fills in what a run needs: its files, parts, identity and parameters."
     if run_dir is not None:
-        run.log, run.checkpoints = TrainLog(Path(run_dir, "log.jsonl")), Checkpoints(Path(run_dir, "checkpoints"), run.settings.keep_last)
+        run.log = TrainLog(Path(run_dir, "log.jsonl") if ranks()[0] == 0 else None)
+        run.checkpoints = Checkpoints(Path(run_dir, "checkpoints"), run.settings.keep_last)
     for group in run.optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     run.parts = {"model": run.model, "optimizer": NamedOptimizer(run.optimizer, run.model), "random": RandomState(run.accelerator.device)}
@@ -143,8 +148,9 @@ def _check_fit(settings: TrainSettings | None, validate: Callable | None, monito
 def _start(run: Run, resume: bool) -> int | None:  # the step from which it continues; None for a new run
     "Continues or begins: checkpoints, log and random generators."
     set_seed(run.settings.seed)
-    if run.checkpoints and not resume:
+    if run.checkpoints and not resume and ranks()[0] == 0:
         run.checkpoints.clear()
+    wait_for_all()
     resumed = _resume(run) if run.checkpoints and resume else None
     run.log.cut(-1 if resumed is None else run.at.logged, run.at.validated)
     run.clock = (run.at.step, time.perf_counter())
@@ -197,9 +203,10 @@ def fit(
     batches = EpochBatches(check_int("n_examples", n_examples, 0), s.batch_size, s.seed)
     with own_accelerator(s) as accelerator, RandomState(accelerator.device):
         model.to(accelerator.device)
+        broadcast_weights(model)
         run = Run(model, loss, s, accelerator, (optimizer or build_optimizer)(model, s), batches, validate, better, after_step)
         _prepare(run, run_dir, n_examples, monitor, extra_state or {}, fingerprint)
         resumed, at = _start(run, resume), run.at
-        with tqdm(total=s.steps, initial=at.step, desc=description, disable=not progress) as run.bar, _interruptible(run):
+        with tqdm(total=s.steps, initial=at.step, desc=description, disable=not progress or ranks()[0] > 0) as run.bar, _interruptible(run):
             _run_to_end(run)
         return History(run.log.rows, at.monitor, better, at.best_step, at.best_value, at.step, at.step < s.steps, resumed)

@@ -21,6 +21,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from ..errors import ArgumentError, NotFiniteError, UnknownNameError
 from .batches import EpochBatches
 from .checkpoint import Checkpoints
+from .distributed import average_gradients, mean_over_ranks, own_share, rank_0_says
 from .history import TrainLog
 from .optim import TrainSettings, lr_factor
 from .state import RandomState
@@ -41,8 +42,6 @@ def own_accelerator(
         plugin = GradientAccumulationPlugin(num_steps=settings.accumulation, sync_with_dataloader=False)
         precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[settings.precision]
         accelerator = Accelerator(cpu=settings.device == "cpu", mixed_precision=precision, gradient_accumulation_plugin=plugin)
-        if accelerator.num_processes > 1:
-            raise ArgumentError("device", f"{accelerator.num_processes} processes", "one process (this loop does not share batches out)")
         if settings.precision == "float16" and accelerator.scaler is None:
             raise ArgumentError("precision", "float16", f"'float32' or 'bfloat16' on {accelerator.device.type}")
         yield accelerator
@@ -123,13 +122,14 @@ def train_step(run: Run) -> None:
     for group in run.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     for i in range(s.accumulation):
-        positions = run.batches[run.at.step * s.accumulation + i]
+        positions = own_share(run.batches[run.at.step * s.accumulation + i])
         with accelerator.accumulate(run.model):
             with accelerator.autocast():
                 out = run.loss(run.model, positions, run.at.step)
             loss, run.logs = _checked(out)
             accelerator.backward(loss)
         run.pending.append(loss.detach())
+    average_gradients(run.params)
     if s.clip is not None:
         run.norm = accelerator.clip_grad_norm_(run.params, s.clip)
     elif (run.at.step + 1) % s.log_every == 0:
@@ -153,7 +153,7 @@ def read_losses(run: Run) -> None:
     "Fetches the pending losses from the device. Raises `NotFiniteError` that names the first bad step."
     if not run.pending:
         return
-    values = torch.stack(run.pending).float().tolist()
+    values = mean_over_ranks(torch.stack(run.pending).float()).tolist()
     for i, v in enumerate(values):
         if not np.isfinite(v):
             step = run.at.step - len(values) // run.settings.accumulation + i // run.settings.accumulation + 1
@@ -183,7 +183,7 @@ def run_validation(run: Run) -> bool:  # whether these are the best weights so f
     read_losses(run)
     run.model.eval()
     with torch.no_grad(), RandomState(run.accelerator.device):
-        scores = {k: float(v) for k, v in run.validate(run.model).items()}
+        scores = rank_0_says(lambda: {k: float(v) for k, v in run.validate(run.model).items()})
     run.model.train()
     if not scores:
         raise ArgumentError("validate", "a function that returned no metric", "a function that returns a dict of at least one number")
