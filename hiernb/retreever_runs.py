@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPER', 'RetreeverRun', 'check_run', 'default_run_dir']
 
-# %% ../nbs/15_retreever_runs.ipynb #881a83bc
+# %% ../nbs/15_retreever_runs.ipynb #44cd7af7
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -31,7 +31,7 @@ from .training.mining import mine_negatives, mined_tree_loss
 from .training.retrieval import PairVectors, tree_loss
 from .tree import check_depth
 
-# %% ../nbs/15_retreever_runs.ipynb #c289a79f
+# %% ../nbs/15_retreever_runs.ipynb #beb92626
 @dataclass
 class RetreeverRun:
     "Parameters of `nbs/train.ipynb`. Raises an `ArgumentError` that names the first one out of range."
@@ -83,7 +83,7 @@ class RetreeverRun:
         shared = {f.name for f in fields(TrainSettings)} & {f.name for f in fields(self)}
         return TrainSettings(**{name: getattr(self, name) for name in shared})
 
-# %% ../nbs/15_retreever_runs.ipynb #43074b8d
+# %% ../nbs/15_retreever_runs.ipynb #685393fd
 def check_run(run: RetreeverRun) -> None:
     "Raises an `ArgumentError` that names the first parameter out of range."
     check_not_empty("dataset", run.dataset)
@@ -103,7 +103,7 @@ def check_run(run: RetreeverRun) -> None:
     run.baseline_lrs = [check_number("baseline_lrs", rate, low=0) for rate in check_not_empty("baseline_lrs", run.baseline_lrs)]
     run.training  # noqa: B018  (checks the rest)
 
-# %% ../nbs/15_retreever_runs.ipynb #b88e0398
+# %% ../nbs/15_retreever_runs.ipynb #7cafc454
 PAPER = {  # the parameters of the paper's own runs, as far as they are known (paper, section 4; the rest from the released code), for `papermill -y`
     "encoder": "BAAI/bge-large-en-v1.5", "max_length": 512, "max_pairs": None, "depth": 10, "split": "cross-attention", "propagation": "learned",
     "split_settings": {"heads": 8, "key_dim": 512, "embedding_dim": 768, "n_embeddings": 1, "aggregation": "tree"}, "bias": 2.0, "growth": 1.0,
@@ -111,7 +111,7 @@ PAPER = {  # the parameters of the paper's own runs, as far as they are known (p
     "steps": 200_000, "batch_size": 64, "lr": 4e-4, "validate_every": 5000, "precision": "float16",
 }
 
-# %% ../nbs/15_retreever_runs.ipynb #8f99981c
+# %% ../nbs/15_retreever_runs.ipynb #06ff5b89
 def default_run_dir(settings: RetreeverRun) -> Path:
     "runs/<dataset>-depth<depth>-<hash>, from the repository root; the device and the folder itself do not count."
     values = {k: v for k, v in asdict(settings).items() if k not in ("device", "run_dir")}
@@ -119,7 +119,7 @@ def default_run_dir(settings: RetreeverRun) -> Path:
     name = settings.dataset if isinstance(settings.dataset, str) else "+".join(Path(d).name for d in settings.dataset)
     return from_root(settings.run_dir or f"runs/{Path(name).name}-depth{settings.depth}-{digest}")
 
-# %% ../nbs/15_retreever_runs.ipynb #38bf39db
+# %% ../nbs/15_retreever_runs.ipynb #89a73bad
 @patch
 def tree(
     self: RetreeverRun,
@@ -137,7 +137,7 @@ def tree(
     calibrate(model.split, take_rows(train.contexts, contexts[:: -(-len(contexts) // 4000)]), principal=self.principal and self.split == "linear" and not flat)
     return model
 
-# %% ../nbs/15_retreever_runs.ipynb #92841569
+# %% ../nbs/15_retreever_runs.ipynb #273cdb64
 @patch
 def levels(self: RetreeverRun) -> Schedule:
     "Which levels each step trains."
@@ -145,7 +145,7 @@ def levels(self: RetreeverRun) -> Schedule:
         return StochasticSchedule(self.depth, self.steps, self.seed, self.bias)
     return make_schedule(self.schedule, self.depth, self.steps, self.seed)
 
-# %% ../nbs/15_retreever_runs.ipynb #6e38471a
+# %% ../nbs/15_retreever_runs.ipynb #32b5b78c
 @patch
 def loss(self: RetreeverRun, train: PairVectors) -> Any:  # a callable for `fit`
     "The loss of a training step. Raises `ArgumentError` for teachers on several processes."

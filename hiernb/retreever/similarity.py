@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ntvd']
 
-# %% ../../nbs/retreever/00_similarity.ipynb #d007147f
+# %% ../../nbs/retreever/00_similarity.ipynb #48b782d4
 import ctypes
 import functools
 import math
@@ -22,7 +22,7 @@ import torch
 
 from ..errors import ShapeError
 
-# %% ../../nbs/retreever/00_similarity.ipynb #3f18f372
+# %% ../../nbs/retreever/00_similarity.ipynb #da98a856
 _FAST = {"reassoc", "nsz", "contract"}  # of LLVM's fast-math: all that vectorising needs, without "there is no NaN"
 _ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
 
@@ -38,7 +38,7 @@ def _half_masses(x: np.ndarray) -> np.ndarray:  # [n] float32
         out[i] = _HALF * s
     return out
 
-# %% ../../nbs/retreever/00_similarity.ipynb #0c4f32a9
+# %% ../../nbs/retreever/00_similarity.ipynb #5c1bb10c
 @numba.njit(nogil=True, fastmath=_FAST, cache=True)
 def _scores(a: np.ndarray, b: np.ndarray, mass_a: np.ndarray, mass_b: np.ndarray, out: np.ndarray, low: int, high: int) -> None:
     "out[i, j] = Σ_l min(a[i, l], b[j, l]) − mass_a[i] − mass_b[j] for rows low ≤ i < high; a tile over the edge repeats the last row."
@@ -60,7 +60,7 @@ def _scores(a: np.ndarray, b: np.ndarray, mass_a: np.ndarray, mass_b: np.ndarray
                     out[k, j], out[k, j1] = k0 - mass_a[k] - mass_b[j], k1 - mass_a[k] - mass_b[j1]
                     out[k, j2], out[k, j3] = k2 - mass_a[k] - mass_b[j2], k3 - mass_a[k] - mass_b[j3]
 
-# %% ../../nbs/retreever/00_similarity.ipynb #abf52a4b
+# %% ../../nbs/retreever/00_similarity.ipynb #ca7cf295
 @numba.njit(inline="always")
 def _pull(a: float, b: float, g: float) -> float:
     "g · sign(b − a)."
@@ -90,7 +90,7 @@ def _along_contexts(a: np.ndarray, bt: np.ndarray, g: np.ndarray, da: np.ndarray
             da[i3, k], da[i2, k], da[i1, k], da[i, k] = _HALF * t3, _HALF * t2, _HALF * t1, _HALF * t0  # repeated rows and leaves first,
             da[i3, l], da[i2, l], da[i1, l], da[i, l] = _HALF * s3, _HALF * s2, _HALF * s1, _HALF * s0  # so that the right ones stay
 
-# %% ../../nbs/retreever/00_similarity.ipynb #9dd5bc0e
+# %% ../../nbs/retreever/00_similarity.ipynb #bdbfa4eb
 @numba.njit(nogil=True, fastmath=_FAST, cache=True)
 def _gradients(a: np.ndarray, b: np.ndarray, g: np.ndarray, da: np.ndarray, db: np.ndarray, low: int, high: int) -> None:
     "Columns low ≤ l < high of both gradients, from a [B, L], b [C, L] and g [B rounded up to fours, C]."
@@ -107,7 +107,7 @@ def _gradients(a: np.ndarray, b: np.ndarray, g: np.ndarray, da: np.ndarray, db: 
             for l in range(first, last):
                 db[j, l] = _HALF * total[l - first, j]
 
-# %% ../../nbs/retreever/00_similarity.ipynb #0e92b1f6
+# %% ../../nbs/retreever/00_similarity.ipynb #f64a42b7
 _PROCESS = os.getpid()
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -122,7 +122,7 @@ def _openmp() -> Callable | None:
         parallel.argtypes, parallel.restype = (_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
     return parallel
 
-# %% ../../nbs/retreever/00_similarity.ipynb #f669b694
+# %% ../../nbs/retreever/00_similarity.ipynb #32a12998
 @functools.lru_cache(maxsize=4)
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     "One pool of threads a process."
@@ -149,7 +149,7 @@ def _in_threads(work: Callable[[], None], threads: int) -> None:
     if failures:
         raise failures[0]
 
-# %% ../../nbs/retreever/00_similarity.ipynb #1bc9ae96
+# %% ../../nbs/retreever/00_similarity.ipynb #58278264
 def _share(kernel: Callable, n: int, step: int, entries: int, *arrays: np.ndarray) -> None:
     "Runs a kernel over range(n) in parts of `step`, in threads if there are more than two million entries of work."
     threads = torch.get_num_threads()
@@ -163,7 +163,7 @@ def _share(kernel: Callable, n: int, step: int, entries: int, *arrays: np.ndarra
 
     _in_threads(work, threads)
 
-# %% ../../nbs/retreever/00_similarity.ipynb #6c40b161
+# %% ../../nbs/retreever/00_similarity.ipynb #57f2fdf4
 class _CpuNTVD(torch.autograd.Function):
     "nTVD of all pairs on the CPU, fp32, with its hand-written backward."
 
@@ -186,7 +186,7 @@ class _CpuNTVD(torch.autograd.Function):
         _share(_gradients, x.shape[1], 32, g.size * x.shape[1], x, y, g, da.numpy(), db.numpy())
         return da, db
 
-# %% ../../nbs/retreever/00_similarity.ipynb #7ac30951
+# %% ../../nbs/retreever/00_similarity.ipynb #b1ff1b41
 def _cdist(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     "nTVD of all pairs by PyTorch alone."
     return -0.5 * torch.cdist(a, b, p=1)
@@ -206,7 +206,7 @@ def _kernel(device: str, dtype: torch.dtype) -> Callable:
             warnings.warn(f"Triton cannot be imported ({e}): nTVD runs on torch.cdist, slower, and its backward in memory for all pairs × leaves", stacklevel=3)
     return _cdist
 
-# %% ../../nbs/retreever/00_similarity.ipynb #b809344f
+# %% ../../nbs/retreever/00_similarity.ipynb #8d2de943
 def ntvd(
     a: torch.Tensor,  # [B, L] assignments, rows sum to 1
     b: torch.Tensor,  # [C, L] assignments at the same level

@@ -6,7 +6,7 @@
 __all__ = ['Retriever', 'corpus_texts', 'as_run', 'TextRetriever', 'DenseRetriever', 'VectorRetriever', 'IndexRetriever',
            'LexicalRetriever']
 
-# %% ../../nbs/search/01_retrievers.ipynb #2c56c1a6
+# %% ../../nbs/search/01_retrievers.ipynb #ac5aaf6c
 import hashlib
 import json
 import sys
@@ -22,7 +22,7 @@ from ..errors import ArgumentError, check_int, check_not_empty
 from .flat import FlatIndex
 from ..sentences import SentenceModel
 
-# %% ../../nbs/search/01_retrievers.ipynb #1e50da7d
+# %% ../../nbs/search/01_retrievers.ipynb #bc6a19f8
 class Retriever(Protocol):
     "Anything that finds contexts for queries in words."
 
@@ -45,7 +45,7 @@ class Retriever(Protocol):
         "The k best contexts of every query."
         ...
 
-# %% ../../nbs/search/01_retrievers.ipynb #fdfc43f5
+# %% ../../nbs/search/01_retrievers.ipynb #c76476f8
 def corpus_texts(
     corpus: Iterable[dict],  # rows with "id", "text" and perhaps "title" or "instruction"
 ) -> tuple[list[str], list[str]]:  # texts and ids
@@ -68,7 +68,7 @@ def as_run(
     "A search result as mteb and trec_eval take it."
     return {q: dict(zip(map(str, row), map(float, s))) for q, s, row in zip(query_ids, scores, found)}
 
-# %% ../../nbs/search/01_retrievers.ipynb #877d9103
+# %% ../../nbs/search/01_retrievers.ipynb #1f52f622
 class TextRetriever:
     "Base of the retrievers; a subclass defines `build(texts, ids)` and `find(queries, k)`."
 
@@ -94,7 +94,7 @@ class TextRetriever:
 
     __repr__ = _repr_markdown_
 
-# %% ../../nbs/search/01_retrievers.ipynb #09662d51
+# %% ../../nbs/search/01_retrievers.ipynb #1b3159f4
 @patch
 def search(self: TextRetriever, queries: Sequence[str] | Iterable[dict], k: int = 10, top_k: int | None = None, **mteb: Any) -> Any:
     "The k best contexts of every query (`top_k` and what follows are mteb's). Raises `RangeError` for k outside 1..n."
@@ -109,7 +109,7 @@ def search(self: TextRetriever, queries: Sequence[str] | Iterable[dict], k: int 
     texts, ids = corpus_texts(queries)
     return as_run(ids, *self.find(texts, min(top_k, self.n_contexts)))
 
-# %% ../../nbs/search/01_retrievers.ipynb #b60fff1b
+# %% ../../nbs/search/01_retrievers.ipynb #b93a6424
 @patch
 def fingerprint(self: TextRetriever) -> str:  # 16 hexadecimal digits
     "Of all that decides a ranking: name, size, and what the subclass adds in `settings`."
@@ -125,7 +125,7 @@ def mteb_model_meta(self: TextRetriever) -> Any:  # mteb's `ModelMeta`; None as 
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.name)
     return mteb.ModelMeta.create_empty({"name": f"hiernb/{name}", "revision": self.fingerprint(), "embed_dim": self.size})
 
-# %% ../../nbs/search/01_retrievers.ipynb #ba209b46
+# %% ../../nbs/search/01_retrievers.ipynb #e077561e
 class DenseRetriever(TextRetriever):
     "A sentence model and an exhaustive search over its representations: nTVD for trees, cosine for the others."
 
@@ -153,7 +153,7 @@ class DenseRetriever(TextRetriever):
         "The model's fingerprint."
         return {"model": self.model.fingerprint()}
 
-# %% ../../nbs/search/01_retrievers.ipynb #62373034
+# %% ../../nbs/search/01_retrievers.ipynb #4227de74
 class VectorRetriever(TextRetriever):
     "An index over the encoder's vectors, for instance a tree of clusters."
 
@@ -179,7 +179,7 @@ class VectorRetriever(TextRetriever):
         "The encoder's fingerprint."
         return {"encoder": self.encoder.fingerprint}
 
-# %% ../../nbs/search/01_retrievers.ipynb #c030bb8d
+# %% ../../nbs/search/01_retrievers.ipynb #182c4edd
 class IndexRetriever(TextRetriever):
     "An index that is built over texts and searched by texts, for instance RAPTOR."
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fit']
 
-# %% ../../nbs/training/06_loop.ipynb #7ac21a54
+# %% ../../nbs/training/06_loop.ipynb #ee3b710f
 import contextlib
 import signal
 import threading
@@ -30,7 +30,7 @@ from .optim import HOUSEKEEPING, TrainSettings, build_optimizer
 from .state import NamedOptimizer, RandomState, as_part
 from .steps import Run, log_step, own_accelerator, read_losses, run_validation, train_step
 
-# %% ../../nbs/training/06_loop.ipynb #13ab3a99
+# %% ../../nbs/training/06_loop.ipynb #4131771b
 def _save(run: Run, best: bool = False, last: bool = False) -> None:
     "Writes a checkpoint; an `OSError` is a warning unless it is the last one."
     read_losses(run)
@@ -47,7 +47,7 @@ def _save(run: Run, best: bool = False, last: bool = False) -> None:
             raise OSError(e.errno, why, str(run.checkpoints.folder)) from e
         warnings.warn(f"{run.checkpoints.folder}: the checkpoint of step {run.at.step} could not be written ({e}); training goes on", stacklevel=2)
 
-# %% ../../nbs/training/06_loop.ipynb #01dbfae4
+# %% ../../nbs/training/06_loop.ipynb #4445cccb
 def _resume(run: Run) -> int | None:  # the step from which it continues; None for a new run
     "Sets every part to the newest whole checkpoint of the same configuration."
     checkpoint = run.checkpoints.load("latest", run.identity)
@@ -73,7 +73,7 @@ def _find_best(run: Run) -> dict | None:
     warnings.warn(f"{run.checkpoints.folder}: the best weights so far (step {run.at.best_step}) are lost or damaged", stacklevel=2)
     return None
 
-# %% ../../nbs/training/06_loop.ipynb #917665c8
+# %% ../../nbs/training/06_loop.ipynb #a3ced840
 @contextlib.contextmanager
 def _interruptible(run: Run) -> Iterator[None]:
     "Turns an interruption within a step into one at its end. Outside the main thread signals are left alone."
@@ -92,7 +92,7 @@ def _interruptible(run: Run) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, before)
 
-# %% ../../nbs/training/06_loop.ipynb #bfba5327
+# %% ../../nbs/training/06_loop.ipynb #e1076715
 def _loop(run: Run) -> None:
     "Validates, saves and steps until the steps or the patience run out."
     s, at = run.settings, run.at
@@ -114,7 +114,7 @@ def _loop(run: Run) -> None:
         if run.interrupted:
             raise KeyboardInterrupt
 
-# %% ../../nbs/training/06_loop.ipynb #3e182288
+# %% ../../nbs/training/06_loop.ipynb #04770b38
 def _prepare(run: Run, run_dir: str | Path | None, n_examples: int, monitor: str | None, extra: dict, fingerprint: str | None) -> None:
     "Fills in what a run needs: its files, parts, identity and parameters."
     if run_dir is not None:
@@ -144,7 +144,7 @@ def _check_fit(settings: TrainSettings | None, validate: Callable | None, monito
             raise ArgumentError(name, value, "None, because there is no `validate` to look at")
     return settings
 
-# %% ../../nbs/training/06_loop.ipynb #592fdcc1
+# %% ../../nbs/training/06_loop.ipynb #1581fb67
 def _start(run: Run, resume: bool) -> int | None:  # the step from which it continues; None for a new run
     "Continues or begins: checkpoints, log and random generators."
     set_seed(run.settings.seed)
@@ -178,7 +178,7 @@ def _finish(run: Run) -> None:
         run.model.load_state_dict(run.best_weights, strict=False)
     run.model.eval()
 
-# %% ../../nbs/training/06_loop.ipynb #fbe6a810
+# %% ../../nbs/training/06_loop.ipynb #c352708b
 def fit(
     model: torch.nn.Module,  # trained in place; moved to the device and left there, in evaluation mode
     loss: Callable[[torch.nn.Module, np.ndarray, int], tuple[torch.Tensor, dict]],  # (model, positions int64 [B], step from 0) -> scalar, logs
