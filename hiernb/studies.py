@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['TINY', 'KINDS', 'FITTERS', 'CUTS', 'Study', 'study_of', 'Problem', 'open_problem', 'Method', 'Fitted', 'train',
-           'tree_facts', 'fit_tree', 'fit_adapter', 'fit_other', 'judge', 'Cell', 'cell_key', 'read_cell', 'write_cell',
-           'best_fit', 'measure', 'run_study']
+           'tree_facts', 'tree_run', 'fit_tree', 'fit_adapter', 'fit_other', 'judge', 'Cell', 'cell_key', 'read_cell',
+           'write_cell', 'best_fit', 'measure', 'run_study']
 
 # %% ../nbs/16_studies.ipynb #6b548455
-import functools
 import hashlib
 import json
 import os
@@ -38,7 +37,7 @@ from .retreever_runs import RetreeverRun
 from .sentences import SentenceModel, WrappedModel
 from .training.loop import fit
 from .training.optim import TrainSettings
-from .training.retrieval import SCORES, PairVectors, adapter_loss, cut, pair_vectors, relevant_contexts, sizes_of, validator
+from .training.retrieval import PairVectors, adapter_loss, cut, pair_vectors, relevant_contexts, sizes_of, validator
 
 # %% ../nbs/16_studies.ipynb #0d6604be
 @dataclass
@@ -99,7 +98,7 @@ class Problem:
         max_queries: int = 1000,  # test queries at most
         changes: dict | None = None,  # settings of the encoder that differ from the study's
     ):
-        self.pairs, self.encoder, self.changes = pairs, encoder, changes or {}
+        self.pairs, self.encoder, self.changes, self.held = pairs, encoder, changes or {}, {}
         for name in ("train", "validation", "test"):
             check_not_empty(f"dataset {pairs.name}: its {name} split", getattr(pairs, name))
         queries, self.relevant = relevant_contexts(torch.as_tensor(pairs.test.relevance))
@@ -109,10 +108,11 @@ class Problem:
         splits = ", ".join(f"{len(q):,} {name} queries" for name, q in self.pairs.splits.items())
         return f"**{self.pairs.name}**: {len(self.pairs.contexts):,} contexts, {splits}; {len(self.test):,} of the test queries are judged"
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019  (a problem lives as long as its study)
     def vectors(self, tokens: bool = False) -> dict[str, PairVectors]:  # split -> its vectors
-        "Pooled vectors, or token states."
-        return pair_vectors(self.pairs, self.encoder, tokens)
+        "Pooled vectors, or token states; held as long as the problem."
+        if tokens not in self.held:
+            self.held[tokens] = pair_vectors(self.pairs, self.encoder, tokens)
+        return self.held[tokens]
 
 # %% ../nbs/16_studies.ipynb #ef2e33e9
 def open_problem(
@@ -179,11 +179,16 @@ def tree_facts(
     return {"perplexity": perplexity(leaves), "usage perplexity": perplexity(leaves.mean(0)), "leaves used": used.float().mean().item()}
 
 # %% ../nbs/16_studies.ipynb #3a63a883
+def tree_run(study: Study, method: Method, **more: Any) -> RetreeverRun:
+    "All parameters of a tree, or of the flat control."
+    shared = {"depth": study.depth, "steps": study.steps, "batch_size": study.batch_size, "encoder": study.encoder, "max_length": study.max_length}
+    run = RetreeverRun(**shared | more | method.settings, device=study.device)
+    return replace(run, validate_every=max(1, run.steps // 4))
+
+
 def fit_tree(problem: Problem, study: Study, method: Method, seed: int, rate: float) -> Fitted:
     "A ReTreever tree, or the flat control."
-    shared = {"depth": study.depth, "steps": study.steps, "batch_size": study.batch_size, "encoder": study.encoder, "max_length": study.max_length}
-    run = RetreeverRun(**shared | {"lr": rate} | method.settings, seed=seed, device=study.device)
-    run = replace(run, validate_every=max(1, run.steps // 4))
+    run = tree_run(study, method, lr=rate, seed=seed)
     tokens = SPLITS[run.split].reads_tokens and run.tokens
     vectors = problem.vectors(tokens)
     tree = run.tree(problem.encoder, vectors["train"], flat=method.kind == "no-tree")
@@ -229,10 +234,10 @@ def judge(
     "NDCG@k and recall@k of the test queries over all contexts."
     vectors = problem.vectors(model.reads_tokens)["test"]
     q, c = model.represent(take_rows(vectors.queries, problem.test)), model.represent(vectors.contexts)
-    score, out = SCORES[model.similarity_fn_name], {}
+    out = {}
     for size in sizes_of(model) if sizes is None else sizes:
         short_q, short_c = cut(model, q, size), cut(model, c, size)
-        parts = [relevant_ranks(score(a, short_c), r) for a, r in zip(short_q.split(128), problem.relevant.split(128))]
+        parts = [relevant_ranks(model.similarity(a, short_c), r) for a, r in zip(short_q.split(128), problem.relevant.split(128))]
         ranks = torch.cat(parts)
         out[size] = {f"{name}@{k}": f(ranks, k).numpy() for name, f in (("ndcg", ndcg_at_k), ("recall", recall_at_k)) for k in CUTS}
     return out
@@ -253,13 +258,16 @@ class Cell:
     @property
     def full(self) -> int:
         "The largest size."
-        return max(self.queries)
+        return max(next(iter(self.figures.values())))
 
 # %% ../nbs/16_studies.ipynb #09c7c785
 def cell_key(problem: Problem, study: Study, method: Method, seed: int) -> str:
     "A hash of what decides a cell; the method's name, the device and where things are written do not."
     budget = {k: v for k, v in asdict(study).items() if k not in ("datasets", "seeds", "cells", "record", "device")}
-    facts = [problem.pairs.fingerprint, problem.encoder.fingerprint, method.kind, method.settings, budget, seed, study.seeds[0]]
+    chosen = method.settings
+    if method.kind in ("tree", "no-tree"):  # with the defaults: a better default is another cell
+        chosen = {k: v for k, v in asdict(tree_run(study, method)).items() if k not in ("dataset", "device", "run_dir", "baseline_lrs")}
+    facts = [problem.pairs.fingerprint, problem.encoder.fingerprint, method.kind, chosen, budget, seed, study.seeds[0]]
     facts += [problem.changes] if problem.changes else []
     facts += [list(method.rates)] if method.rates else []
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]

@@ -13,7 +13,8 @@ import torch
 
 from hiernb.errors import ArgumentError, EmptyError
 from hiernb.retreever.model import Retreever
-from hiernb.training.distributed import average_gradients, broadcast_weights, gather_rows, gathered_contrast, own_share, ranks
+from hiernb.training.distributed import average_gradients, broadcast_weights, gather_rows, own_share, ranks
+from hiernb.training.gathered import gathered_contrast
 from hiernb.training.negatives import RelevanceMask, tree_contrast
 
 HEAD = """
@@ -21,6 +22,7 @@ import json, pathlib, numpy as np, torch, torch.distributed as dist
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
 from hiernb.training.distributed import *
+from hiernb.training.gathered import gathered_contrast
 from hiernb.retreever.model import Retreever
 from hiernb.training.negatives import RelevanceMask
 """
@@ -36,7 +38,7 @@ def context():
     before = os.environ.get("GLOO_SOCKET_IFNAME")
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["hiernb.training.distributed", "hiernb.retreever.model"])  # imported once for all processes
+    server.set_forkserver_preload(["hiernb.training.gathered", "hiernb.retreever.model"])  # imported once for all processes
     yield server
     os.environ.pop("GLOO_SOCKET_IFNAME") if before is None else os.environ.update(GLOO_SOCKET_IFNAME=before)
 
@@ -77,7 +79,7 @@ result = y.tolist(), x.grad.tolist(), half.tolist(), deep.shape, str(deep.dtype)
 
 SETUP = """
 torch.manual_seed(0)
-tree = Retreever(12, depth=4, split="mlp", propagation="learned", scales="per-level").eval()
+tree = Retreever(12, depth=4, split="mlp", propagation="learned", scales="per-level", spread=1.0, growth=1.0).eval()
 queries, contexts, extra = torch.randn(9, 12), torch.randn(9, 12), torch.randn(6, 12)
 relevant = RelevanceMask(torch.tensor([[i, i] for i in range(9)] + [[0, 6], [3, 10], [5, 12], [8, 2]]))
 """

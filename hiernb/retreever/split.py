@@ -116,7 +116,7 @@ def calibrate(
         scores.append(split.plain(piece if mask is None else (piece, mask[i : i + block].to(device))).float())
     scores = _balance(torch.cat(scores), split, split.rescale_plain, lengths=not principal)
     if split.refine is not None:
-        _balance(split.refine(scores), split, split.refine.rescale)
+        _balance(split.refine(scores), split, split.refine.rescale, lengths=not principal)
     split.train(training)
 
 # %% ../../nbs/retreever/02_split.ipynb #e615fb59

@@ -157,7 +157,7 @@ def _start(run: Run, resume: bool) -> int | None:  # the step from which it cont
     run.model.train()
     return resumed
 
-
+# %% ../../nbs/training/06_loop.ipynb #59da7a1d
 def _run_to_end(run: Run) -> None:
     "Loops. An interruption between steps saves first."
     try:

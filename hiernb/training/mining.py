@@ -15,7 +15,7 @@ import torch
 from ..errors import RangeError, ShapeError, check_finite, check_int, check_number, check_shape
 from ..representations import take_rows
 from ..retreever.schedule import Schedule
-from .distributed import gathered_contrast
+from .gathered import gathered_contrast
 from .negatives import RelevanceMask
 
 # %% ../../nbs/training/09_mining.ipynb #b7870d8f
