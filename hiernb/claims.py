@@ -85,6 +85,7 @@ def ask(
     other: str,  # than this one
     size: int | None = None,  # compare at this size; None: each at its own full size
     share: float = 1.0,  # λ: `better` should reach this share of `other`
+    margin: float = 0.0,  # what counts as a difference at all
 ) -> list[Answer]:  # one a data set
     "The verdict on one claim."
     answers = []
@@ -94,7 +95,7 @@ def ask(
         rows = [np.stack([c.queries[size or c.full] for c in x if c.seed in seeds]).astype(float) for x in (a, b)]
         difference = rows[0] - share * rows[1]
         low, high = two_level_bootstrap(difference)
-        verdict = "holds" if low > 0 else "fails" if high < 0 else "not decided"
+        verdict = "holds" if low > margin else "fails" if high < margin else "not decided"
         answers.append(Answer(dataset, claim, rows[0].mean(), share * rows[1].mean(), difference.mean(), low, high, verdict))
     return answers
 

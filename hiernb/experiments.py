@@ -30,10 +30,11 @@ def read_parameters(
     namespace: Mapping[str, Any],  # the notebook's `globals()`, read right after the parameters
     settings: type[S],  # a dataclass; its fields are the valid names
 ) -> S:  # the settings, with the notebook's values
-    "Settings from the variables of a notebook. Raises `UnknownNameError` for a name that is no field, `ArgumentError` for a wrong type."
+    "Settings from the variables of a notebook, CONSTANTS aside. Raises `UnknownNameError` for a name that is no field, `ArgumentError` for a wrong type."
     valid, types_ = [f.name for f in fields(settings)], typing.get_type_hints(settings)
     plain = (str, int, float, bool, list, tuple, dict, type(None))
-    given = {k: v for k, v in namespace.items() if isinstance(v, plain) and not k.startswith("_") and k not in _NOTEBOOK_NAMES}
+    own = {k: v for k, v in namespace.items() if not k.startswith("_") and not k.isupper() and k not in _NOTEBOOK_NAMES}
+    given = {k: v for k, v in own.items() if isinstance(v, plain)}
     for name in given:
         if name not in valid:
             raise UnknownNameError("parameter", name, valid)

@@ -28,6 +28,7 @@ def softmax_pool(
     q, k, v = (_split_heads(name, t, heads) for name, t in (("queries", queries), ("x", x), ("values", values)))
     if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
         raise ShapeError("queries", f"shape {list(queries.shape)} with x {list(x.shape)}", "the same width d as `x`, and as many values as vectors")
+    temperature = temperature.to(q.dtype) if isinstance(temperature, torch.Tensor) else temperature
     scores = q @ k.transpose(-1, -2) / (temperature * math.sqrt(q.shape[-1]))
     if mask is not None:
         _check_mask(mask, x)
