@@ -6,7 +6,7 @@
 __all__ = ['TINY', 'GRID', 'BASELINES', 'MergerStudy', 'merger_study', 'LayerProblem', 'open_teachers', 'Attending',
            'fit_tree_attention', 'judge_attending', 'attend_by', 'measure_attending', 'run_merger_study']
 
-# %% ../nbs/19_merger_studies.ipynb #65f07551
+# %% ../nbs/19_merger_studies.ipynb #abadea2c
 import hashlib
 import json
 import os
@@ -37,7 +37,7 @@ from .teacher.tokenizer import train_tokenizer
 from .training.loop import fit
 from .training.optim import TrainSettings
 
-# %% ../nbs/19_merger_studies.ipynb #139de96f
+# %% ../nbs/19_merger_studies.ipynb #1c580283
 @dataclass
 class MergerStudy:
     "Parameters of the experiments on mergers. Raises an `ArgumentError` that names the first one out of range."
@@ -68,7 +68,7 @@ class MergerStudy:
         for beam in self.beams:
             check_number("beams", beam, 0.5)
 
-# %% ../nbs/19_merger_studies.ipynb #bba1a79c
+# %% ../nbs/19_merger_studies.ipynb #86dba516
 @patch(as_prop=True)
 def leaves(self: MergerStudy) -> int:
     "b, the leaves that are selected."
@@ -80,7 +80,7 @@ def widths(self: MergerStudy) -> list[int]:
     "The beams w in nodes."
     return [max(1, -(-self.leaves // 2), round(beam * self.leaves)) for beam in self.beams]
 
-# %% ../nbs/19_merger_studies.ipynb #7fdf6988
+# %% ../nbs/19_merger_studies.ipynb #4b8ff2b1
 TINY = {"datasets": ["pydocs"], "teachers": ["random"], "seeds": [0, 1], "length": 128, "contexts": 3, "tests": 2, "queries": 8, "steps": 3,
         "cells": "runs/in-test-cells", "record": False}  # fmt: skip
 
@@ -93,7 +93,7 @@ def merger_study(
     study = read_parameters(namespace, kind)
     return replace(study, **TINY) if os.environ.get("IN_TEST") else study
 
-# %% ../nbs/19_merger_studies.ipynb #dc92422e
+# %% ../nbs/19_merger_studies.ipynb #2dae576f
 class LayerProblem:
     "One layer of one teacher on one text: contexts to train on, contexts to judge on."
 
@@ -119,7 +119,7 @@ class LayerProblem:
         order = torch.randperm(self.study.length, generator=torch.Generator().manual_seed(i))
         return order[: 2 * self.study.queries].sort().values
 
-# %% ../nbs/19_merger_studies.ipynb #e62ecf8c
+# %% ../nbs/19_merger_studies.ipynb #f76ef00e
 def open_teachers(study: MergerStudy) -> list[Teacher]:
     "The teachers of a study; an untrained one has the settings and the tokenizer of the first that is trained."
     trained = {name: load_teacher(from_root(name) if from_root(name).exists() else name, head=False) for name in study.teachers if name != "random"}
@@ -136,7 +136,7 @@ def open_teachers(study: MergerStudy) -> list[Teacher]:
     control.name = "untrained teacher"
     return [control if name == "random" else trained[name] for name in study.teachers]
 
-# %% ../nbs/19_merger_studies.ipynb #f36f5430
+# %% ../nbs/19_merger_studies.ipynb #3df47187
 @dataclass(frozen=True)
 class Attending:
     "A way to find leaves, by name."
@@ -153,7 +153,7 @@ GRID = [Attending(f"{operator}, {origin}", {"operator": operator, "origin": orig
         for operator in ("mean", "binary", "conv", "attention") for origin in ("children", "leaves") if (operator, origin) != ("mean", "children")]  # fmt: skip
 BASELINES = [Attending(name, selector=name) for name in ("oracle", "random", "window", "mean blocks", "min/max bounds")]
 
-# %% ../nbs/19_merger_studies.ipynb #e3ec536d
+# %% ../nbs/19_merger_studies.ipynb #fbeac8f5
 def fit_tree_attention(problem: LayerProblem, study: MergerStudy, settings: dict, seed: int) -> tuple[TreeAttention, dict[str, float]]:
     "A trained merger with its student; 0 steps leave it as it starts."
     torch.manual_seed(seed)
@@ -168,7 +168,7 @@ def fit_tree_attention(problem: LayerProblem, study: MergerStudy, settings: dict
         facts = {"KL at the end": float(np.mean(history.curve("kl")[1][-20:]))}
     return model.eval(), facts | {"seconds": time.perf_counter() - start, "parameters": sum(p.numel() for p in model.parameters())}
 
-# %% ../nbs/19_merger_studies.ipynb #e829c494
+# %% ../nbs/19_merger_studies.ipynb #ae07e499
 def judge_attending(problem: LayerProblem, study: MergerStudy, method: Attending, model: TreeAttention | None) -> tuple[dict, dict]:  # figures, ratios
     "Measures by beam, and one share of the oracle's mass per head and query."
     figures, ratios = {}, {}
@@ -194,7 +194,7 @@ def attend_by(x: LayerAttention, at: torch.Tensor, study: MergerStudy, method: A
     more = {"positions": at} if method.selector == "window" else {}
     return select_by(method.selector, x.q[:, :, at], x.k, study.leaves, **more)
 
-# %% ../nbs/19_merger_studies.ipynb #f1bc8188
+# %% ../nbs/19_merger_studies.ipynb #2558d246
 def measure_attending(problem: LayerProblem, study: MergerStudy, method: Attending, seed: int) -> Cell:
     "One cell, from its file or by training."
     outside = ("datasets", "teachers", "seeds", "cells", "record", "device")

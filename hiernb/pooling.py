@@ -38,7 +38,7 @@ def softmax_pool(
         weights = weights * mask[..., None, None, :]
     return (weights @ v).transpose(-2, -3).flatten(-2), weights
 
-
+# %% ../nbs/03_pooling.ipynb #82688354
 def _split_heads(name: str, t: torch.Tensor, heads: int) -> torch.Tensor:
     "[..., N, d] → [..., H, N, d/H]."
     if t.ndim < 2 or t.shape[-1] % check_int("heads", heads, 1):
