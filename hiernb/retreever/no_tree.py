@@ -58,7 +58,8 @@ class NoTree(Retreever, tags=["retrieval"], library_name="hiernb"):
     ):
         flat = {"aggregation": "linear-mean"} if split == "cross-attention" else {}
         settings = flat | (split_settings or {}) | {"outputs": n_leaves(depth)}
-        super().__init__(dim, depth, split, spread=spread, growth=1.0, scale=scale, scale_cap=scale_cap, scales="shared", split_settings=settings, tokens=tokens,
+        one = {"growth": 1.0, "scales": "shared", "scale": scale, "scale_cap": scale_cap}
+        super().__init__(dim, depth, split, spread=spread, **one, split_settings=settings, tokens=tokens,
                          encoder=encoder, encoder_fingerprint=encoder_fingerprint)
         self.propagation = FlatSoftmax(depth)
 
