@@ -111,7 +111,8 @@ def test_rates_are_those_asked_for(share, mask, part, words, seed):
     chosen = labels != -100
     assert torch.equal(torch.where(chosen, labels, inputs), ids)
     words_drawn = int((starts & ~torch.isin(ids, masking.special)).sum())
-    assert chosen[~torch.isin(ids, masking.special)].float().mean().item() == pytest.approx(share, abs=6 * math.sqrt(share * (1 - share) / words_drawn) + 0.02)
+    spread = math.sqrt(share * (1 - share) / words_drawn)
+    assert chosen[~torch.isin(ids, masking.special)].float().mean().item() == pytest.approx(share, abs=6 * spread + 0.02)
     error = 6 * math.sqrt(0.25 / int(chosen.sum()))
     assert (inputs[chosen] == TOKENIZER.mask_token_id).float().mean().item() == pytest.approx(mask, abs=error + 0.01)
     assert (inputs[chosen] == ids[chosen]).float().mean().item() == pytest.approx((1 - mask) * (1 - part), abs=error + 0.01)
@@ -341,8 +342,8 @@ def test_held_out_figures_count_every_masked_token_once():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"corpus": ""}, {"kind": "char"}, {"masked": 2.0}, {"steps": 0}, {"shares": [1.0]}, {"lengths": []}, {"starts": [0.5, 0.6, 0.7]}, {"vocab_size": 3},
-            {"precision": "int8"}, {"tested": 1}, {"decay": "none"}, {"depth": -1}, {"theta": 0.0}]
+    "bad", [{"corpus": ""}, {"kind": "char"}, {"masked": 2.0}, {"steps": 0}, {"shares": [1.0]}, {"lengths": []}, {"starts": [0.5, 0.6, 0.7]},
+            {"vocab_size": 3}, {"gaps": -1.0}, {"precision": "int8"}, {"tested": 1}, {"decay": "none"}, {"depth": -1}, {"theta": 0.0}]
 )
 def test_bad_parameters_are_named(bad):
     with pytest.raises(ArgumentError) as e:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAME', 'LayerAttention', 'tapped', 'visit_attention', 'attention_layers', 'attention_rows']
 
-# %% ../../nbs/teacher/03_attention.ipynb #3b0cfaed
+# %% ../../nbs/teacher/03_attention.ipynb #99baabe6
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
@@ -18,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..errors import ArgumentError, RangeError, ShapeError, check_int
 
-# %% ../../nbs/teacher/03_attention.ipynb #7abd741d
+# %% ../../nbs/teacher/03_attention.ipynb #a66afd08
 @dataclass(eq=False, repr=False)
 class LayerAttention:
     "One layer's attention before its softmax."
@@ -35,7 +35,7 @@ class LayerAttention:
         b, h, n, d = self.q.shape
         return f"LayerAttention(layer {self.layer}: {b} texts of {n} tokens, {h} heads of {d})"
 
-# %% ../../nbs/teacher/03_attention.ipynb #3ba241ae
+# %% ../../nbs/teacher/03_attention.ipynb #d93eaf17
 @patch
 def rows(
     self: LayerAttention,
@@ -59,7 +59,7 @@ def outputs(self: LayerAttention, positions: torch.Tensor | None = None) -> torc
     "What the chosen queries bring home: the mean of the values, weighted by `rows`."
     return self.rows(positions) @ self.v.float()
 
-# %% ../../nbs/teacher/03_attention.ipynb #6f81de7a
+# %% ../../nbs/teacher/03_attention.ipynb #e9177087
 NAME = "hiernb_tap"
 _listener: ContextVar[Callable] = ContextVar("listener")
 
@@ -82,11 +82,11 @@ def _tap(module: torch.nn.Module, query, key, value, attention_mask=None, dropou
 AttentionInterface.register(NAME, _tap)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
-# %% ../../nbs/teacher/03_attention.ipynb #c9bb2504
+# %% ../../nbs/teacher/03_attention.ipynb #830f4909
 @contextlib.contextmanager
 def tapped(
     model: PreTrainedModel,  # any whose attention goes through transformers' interface: ModernBERT, BERT, RoBERTa, …
-    listen: Callable[[LayerAttention], torch.Tensor | None],  # called in every layer; an output [B, H, N, d_v] replaces softmax attention, None keeps it
+    listen: Callable[[LayerAttention], torch.Tensor | None],  # called in every layer; an output [B, H, N, d_v] replaces the softmax's, None keeps it
 ) -> Iterator[PreTrainedModel]:
     "The model with a listener in its layers, within the block. Raises `ArgumentError` for a model that offers no way in."
     entered, numbers, before = {}, {}, model.config._attn_implementation
@@ -115,7 +115,7 @@ def tapped(
         for hook in hooks:
             hook.remove()
 
-# %% ../../nbs/teacher/03_attention.ipynb #970a1ce2
+# %% ../../nbs/teacher/03_attention.ipynb #d6e727aa
 class _Enough(Exception):
     "Ends a forward pass early."
 
@@ -144,8 +144,13 @@ def visit_attention(
         with torch.no_grad(), tapped(base, listen), contextlib.suppress(_Enough):
             base(input_ids=ids.to(model.device), attention_mask=None if mask is None else mask.to(model.device))
 
-# %% ../../nbs/teacher/03_attention.ipynb #382ede7c
-def attention_layers(model: PreTrainedModel, ids: torch.Tensor, layers: Iterable[int] | None = None, mask: torch.Tensor | None = None) -> list[LayerAttention]:
+# %% ../../nbs/teacher/03_attention.ipynb #c2f5287b
+def attention_layers(
+    model: PreTrainedModel,
+    ids: torch.Tensor,  # int64 [B, N]
+    layers: Iterable[int] | None = None,
+    mask: torch.Tensor | None = None,
+) -> list[LayerAttention]:
     "Queries, keys, values and states of some layers; arguments as for `visit_attention`."
     found = []
     visit_attention(model, ids, found.append, layers, mask)

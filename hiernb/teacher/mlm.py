@@ -6,7 +6,7 @@
 __all__ = ['TeacherSettings', 'teacher_config', 'Teacher', 'new_teacher', 'random_teacher', 'masked_logits', 'masked_loss',
            'save_teacher', 'load_teacher']
 
-# %% ../../nbs/teacher/01_mlm.ipynb #6a7de920
+# %% ../../nbs/teacher/01_mlm.ipynb #2b3c2c2f
 import contextlib
 import os
 import tempfile
@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..errors import ArgumentError, DamagedFileError, FileFormatError, ShapeError, check_int, check_number
 from ..frozen import find_model
 from .tokenizer import SPECIAL, save_tokenizer
 
-# %% ../../nbs/teacher/01_mlm.ipynb #9e36cff5
+# %% ../../nbs/teacher/01_mlm.ipynb #211dd093
 @dataclass
 class TeacherSettings:
     "What the teacher is made of. Raises `ArgumentError` that names the first setting out of range."
@@ -52,7 +53,7 @@ class TeacherSettings:
         check_number("theta", self.theta, 1)
         check_number("dropout", self.dropout, 0, 1)
 
-# %% ../../nbs/teacher/01_mlm.ipynb #a4280ac5
+# %% ../../nbs/teacher/01_mlm.ipynb #be25b540
 def teacher_config(settings: TeacherSettings) -> ModernBertConfig:
     "ModernBERT with every layer global."
     rope = {"rope_type": "default", "rope_theta": settings.theta}
@@ -61,12 +62,12 @@ def teacher_config(settings: TeacherSettings) -> ModernBertConfig:
     return ModernBertConfig(
         vocab_size=settings.vocab_size, hidden_size=settings.dim, intermediate_size=settings.hidden, num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads, max_position_embeddings=settings.max_length, layer_types=["full_attention"] * settings.layers,
-        local_attention=1 << 30,  # no layer is local; the model makes an N × N mask for local layers all the same, unless their window is wider than the text
+        local_attention=1 << 30,  # wider than any text: else an N × N mask is made for local layers, of which there are none
         rope_parameters={"full_attention": rope, "sliding_attention": rope}, initializer_range=settings.dim**-0.5, initializer_cutoff_factor=2.0,
         pad_token_id=pad, bos_token_id=cls, cls_token_id=cls, eos_token_id=sep, sep_token_id=sep, sparse_prediction=True, **drops,
     )
 
-# %% ../../nbs/teacher/01_mlm.ipynb #3781c9ea
+# %% ../../nbs/teacher/01_mlm.ipynb #1740d035
 @dataclass(eq=False, repr=False)
 class Teacher:
     "A masked language model and its tokenizer."
@@ -93,7 +94,7 @@ class Teacher:
         return (f"**{self.name}** ({kind}): {self.n_layers} layers of {self.n_heads} heads, d = {self.dim}, {self.vocab_size:,} tokens, "
                 f"{self.n_parameters / 1e6:.2f} M parameters, reads up to {self.max_length:,}")
 
-# %% ../../nbs/teacher/01_mlm.ipynb #ecc0ccb8
+# %% ../../nbs/teacher/01_mlm.ipynb #e9754403
 def new_teacher(
     settings: TeacherSettings,
     seed: int = 0,  # of the weights
@@ -108,7 +109,7 @@ def new_teacher(
         model = ModernBertForMaskedLM._from_config(teacher_config(settings), attn_implementation="sdpa")
     return Teacher(model.eval(), tokenizer, name)
 
-# %% ../../nbs/teacher/01_mlm.ipynb #047afe0e
+# %% ../../nbs/teacher/01_mlm.ipynb #c0a9609a
 def random_teacher(
     settings: TeacherSettings | None = None,  # None: the defaults
     seed: int = 0,
@@ -117,7 +118,7 @@ def random_teacher(
     "A teacher that has learnt nothing, as the control."
     return new_teacher(settings or TeacherSettings(), seed, tokenizer, f"random (seed {seed})")
 
-# %% ../../nbs/teacher/01_mlm.ipynb #93e63a30
+# %% ../../nbs/teacher/01_mlm.ipynb #768b3c36
 def masked_logits(
     model: PreTrainedModel,  # a masked language model
     ids: torch.Tensor,  # int64 [B, N], some of them masked
@@ -140,14 +141,14 @@ def masked_loss(
     labels: torch.Tensor,
     mask: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # mean cross-entropy, a scalar, 0 where nothing is masked; whether each masked token was guessed, bool [m]
+) -> tuple[torch.Tensor, torch.Tensor]:  # mean cross-entropy (0 where nothing is masked); whether each masked token was guessed, bool [m]
     "The loss above; arguments as for `masked_logits`."
     logits, targets = masked_logits(model, ids, labels, mask, positions).float(), labels[labels != -100]
     if len(targets) == 0:
         return logits.sum() * 0, targets.bool()
     return torch.nn.functional.cross_entropy(logits, targets), logits.detach().argmax(-1) == targets
 
-# %% ../../nbs/teacher/01_mlm.ipynb #c1fcd66f
+# %% ../../nbs/teacher/01_mlm.ipynb #4ece43c4
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     "Without bars and reports of `transformers`."
@@ -171,7 +172,7 @@ def save_teacher(teacher: Teacher, folder: str | Path) -> None:
         for path in sorted(Path(beside).iterdir(), key=lambda p: p.name == "config.json"):
             os.replace(path, Path(folder, path.name))
 
-# %% ../../nbs/teacher/01_mlm.ipynb #ca442b8b
+# %% ../../nbs/teacher/01_mlm.ipynb #ec965de1
 def load_teacher(
     name: str | Path,  # a folder, from the repository root or absolute; a name on the hub; "minilm" for the embedded encoder (no head)
     head: bool = True,  # whether it must predict masked tokens; False: its attention is enough
@@ -182,8 +183,8 @@ def load_teacher(
     folder = find_model(name)
     try:
         with _quiet():
-            kind = AutoModelForMaskedLM if head else AutoModel
-            model, info = kind.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+            kind, how = AutoModelForMaskedLM if head else AutoModel, {"attn_implementation": attention, "dtype": torch.float32}
+            model, info = kind.from_pretrained(folder, **how, use_safetensors=True, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(folder) if Path(folder, "tokenizer_config.json").is_file() else None
     except SafetensorError as e:
         raise DamagedFileError(folder, f"its weights are not whole safetensors files ({e})", "a checkpoint of transformers") from e

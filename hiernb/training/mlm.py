@@ -6,7 +6,7 @@
 __all__ = ['GPU', 'lengths_of_steps', 'gapped_positions', 'mlm_loss', 'HeldOut', 'unigram_loss', 'training_precision',
            'TeacherRun']
 
-# %% ../../nbs/training/11_mlm.ipynb #8a1f2123
+# %% ../../nbs/training/11_mlm.ipynb #abccb135
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -21,7 +21,7 @@ from ..teacher.mlm import TeacherSettings, masked_loss
 from ..teacher.tokenizer import KINDS
 from .optim import PRECISIONS, TrainSettings
 
-# %% ../../nbs/training/11_mlm.ipynb #af10eff7
+# %% ../../nbs/training/11_mlm.ipynb #c2e9f9a6
 def lengths_of_steps(
     steps: int,
     lengths: Sequence[int],  # ascending, multiples of the first
@@ -48,7 +48,7 @@ def lengths_of_steps(
         found[free[np.ceil(np.arange(1, count + 1) * len(free) / max(count, 1)).astype(int) - 1]] = n
     return found
 
-# %% ../../nbs/training/11_mlm.ipynb #ca2c097e
+# %% ../../nbs/training/11_mlm.ipynb #109db4be
 def gapped_positions(
     rows: int,  # B
     length: int,  # N
@@ -63,7 +63,7 @@ def gapped_positions(
     at = torch.arange(length)
     return at + gap * (at >= where)
 
-# %% ../../nbs/training/11_mlm.ipynb #d75c68db
+# %% ../../nbs/training/11_mlm.ipynb #86396473
 def mlm_loss(
     stream: TokenStream,  # the training text
     masking: Masking,
@@ -89,7 +89,7 @@ def mlm_loss(
 
     return loss
 
-# %% ../../nbs/training/11_mlm.ipynb #0235fde0
+# %% ../../nbs/training/11_mlm.ipynb #1cf5cf34
 class HeldOut:
     "Masked held-out text, and the scores of a model on it."
 
@@ -113,7 +113,7 @@ class HeldOut:
         self.inputs, self.labels = masking(ids, (seed, 1 << 40), starts)
         self.ids, self.n_masked = ids, int((self.labels != -100).sum())
 
-# %% ../../nbs/training/11_mlm.ipynb #4c899dff
+# %% ../../nbs/training/11_mlm.ipynb #a3085e19
 @patch
 @torch.no_grad()
 def scores(self: HeldOut, model: torch.nn.Module, length: int) -> tuple[float, float]:  # mean loss, accuracy
@@ -134,7 +134,7 @@ def __call__(self: HeldOut, model: torch.nn.Module) -> dict[str, float]:  # for 
         found |= {f"loss@{n}": loss, f"perplexity@{n}": float(np.exp(loss)), f"accuracy@{n}": accuracy}
     return found
 
-# %% ../../nbs/training/11_mlm.ipynb #ee68c12a
+# %% ../../nbs/training/11_mlm.ipynb #1dde9849
 def unigram_loss(
     train: TokenStream,
     held_out: HeldOut,
@@ -145,7 +145,7 @@ def unigram_loss(
     targets = held_out.labels[held_out.labels != -100].numpy()
     return float(-np.log(counts[targets] / counts.sum()).mean())
 
-# %% ../../nbs/training/11_mlm.ipynb #03059ce2
+# %% ../../nbs/training/11_mlm.ipynb #6eeabfd6
 def training_precision(
     precision: str,  # one of PRECISIONS, or "auto"
     device: str = "auto",  # "auto", "cpu" or "cuda"
@@ -164,7 +164,7 @@ def training_precision(
             seconds[name] = min(seconds.get(name, np.inf), time.perf_counter() - start)
     return min(seconds, key=seconds.get)
 
-# %% ../../nbs/training/11_mlm.ipynb #7e81768e
+# %% ../../nbs/training/11_mlm.ipynb #2c123dfa
 @dataclass
 class TeacherRun:
     "Parameters of a teacher's training. Raises an `ArgumentError` that names the first one out of range."
@@ -209,7 +209,7 @@ class TeacherRun:
             check_int(name, getattr(self, name), self.lengths[-1], None, "one row of the longest length")
         _ = self.model, self.training
 
-# %% ../../nbs/training/11_mlm.ipynb #4655e638
+# %% ../../nbs/training/11_mlm.ipynb #de273bc6
 @patch(as_prop=True)
 def model(self: TeacherRun) -> TeacherSettings:
     "What the teacher is made of."
@@ -223,8 +223,9 @@ def training(self: TeacherRun) -> TrainSettings:
     chosen = {name: getattr(self, name) for name in shared} | ({"precision": "float32"} if self.precision == "auto" else {})
     return TrainSettings(**chosen, betas=(0.9, 0.98))
 
-# %% ../../nbs/training/11_mlm.ipynb #aef47b95
+# %% ../../nbs/training/11_mlm.ipynb #e17fdd31
 GPU = {  # for `papermill -y`: 12 layers, d = 768, 65k tokens a step, 1.3 billion tokens
-    "depth": 12, "vocab_size": 32768, "lengths": [512, 1024, 4096], "shares": [0.7, 0.2, 0.1], "starts": [0.0, 0.3, 0.5], "steps": 20_000, "batch_size": 128,
-    "lr": 6e-4, "warmup": 0.05, "precision": "bfloat16", "validate_every": 1000, "held_out": 131_072, "tested": 524_288, "device": "cuda",
+    "depth": 12, "vocab_size": 32768, "lengths": [512, 1024, 4096], "shares": [0.7, 0.2, 0.1], "starts": [0.0, 0.3, 0.5],
+    "steps": 20_000, "batch_size": 128, "lr": 6e-4, "warmup": 0.05,
+    "precision": "bfloat16", "validate_every": 1000, "held_out": 131_072, "tested": 524_288, "device": "cuda",
 }
