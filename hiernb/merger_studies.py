@@ -9,7 +9,6 @@ __all__ = ['TINY', 'GRID', 'BASELINES', 'MergerStudy', 'merger_study', 'LayerPro
 # %% ../nbs/19_merger_studies.ipynb #abadea2c
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,10 +25,9 @@ from .errors import ArgumentError, check_choice, check_int, check_not_empty, che
 from .evaluation.attention_measures import measure_selection, mass_ratio
 from .evaluation.attention_selectors import SELECTORS
 from .evaluation.attention_selectors import select as select_by
-from .experiments import read_parameters
 from .files import from_root
 from .merger_runs import TreeAttention, layer_contexts, start_level, stack, tree_attention_loss
-from .studies import Cell, read_cell, write_cell
+from .studies import Cell, read_cell, study_of, write_cell
 from .teacher.attention import LayerAttention
 from .teacher.masking import token_stream
 from .teacher.mlm import Teacher, TeacherSettings, load_teacher, random_teacher
@@ -90,8 +88,7 @@ def merger_study(
     kind: type[MergerStudy] = MergerStudy,  # or a subclass with more parameters
 ) -> MergerStudy:
     "The study that the notebook's parameters describe, at the size of a test under `IN_TEST`."
-    study = read_parameters(namespace, kind)
-    return replace(study, **TINY) if os.environ.get("IN_TEST") else study
+    return study_of(namespace, kind, TINY)
 
 # %% ../nbs/19_merger_studies.ipynb #2dae576f
 class LayerProblem:

@@ -9,7 +9,6 @@ __all__ = ['TINY', 'SOURCE', 'OTHERS', 'IMPROVED', 'TRM', 'BUDGETS', 'TotrmStudy
 # %% ../nbs/24_totrm_studies.ipynb #81746226
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -23,9 +22,8 @@ from tqdm.auto import tqdm
 from .data.puzzle_sources import load_puzzles
 from .data.puzzles import Puzzles, PuzzleSet
 from .errors import ArgumentError, check_choice, check_int, check_not_empty
-from .experiments import read_parameters
 from .files import from_root
-from .studies import Cell, read_cell, write_cell
+from .studies import Cell, read_cell, study_of, write_cell
 from .totrm.model import ToTRM
 from .totrm.settings import CHOICES
 from .totrm_evaluation import exact_by_step
@@ -76,8 +74,7 @@ def totrm_study(
     kind: type[TotrmStudy] = TotrmStudy,  # or a subclass with more parameters
 ) -> TotrmStudy:
     "The study that the notebook's parameters describe, at the size of a test under `IN_TEST`."
-    study = read_parameters(namespace, kind)
-    return replace(study, **TINY) if os.environ.get("IN_TEST") else study
+    return study_of(namespace, kind, TINY)
 
 # %% ../nbs/24_totrm_studies.ipynb #8bdea884
 @dataclass(frozen=True)
