@@ -72,7 +72,7 @@ class SummaryCache:
         self.low = stop if merger else max(stop, 1)
         self.top = min(merger.max_levels, student.max_levels) if merger else 62
         self.room = 1 << max(n_levels(check_int("capacity", capacity, 1)), self.low)
-        self.n, self.keys, self.values, self.layout, self.state, self.late = 0, None, None, None, None, []
+        self.n, self.keys, self.values, self.layout, self.state = 0, None, None, None, None
 
     @property
     def nbytes(self) -> int:
@@ -163,11 +163,9 @@ def append(
 # %% ../../nbs/mergers/08_summary_cache.ipynb #bf1cb08b
 @patch
 def _project(self: SummaryCache, x: torch.Tensor) -> torch.Tensor:  # [B, H, levels, d_k]
-    "The changed summaries as the student's keys, after catching up with leaves that came in bulk."
+    "The changed summaries as the student's keys."
     self.state = self.merger.begin(len(x), self.top, like=x) if self.state is None else self.state
-    for leaf in [leaf for many in self.late for leaf in many.unbind(1)]:
-        self.merger.append(self.state, leaf)
-    self.late, changed = [], self.merger.append(self.state, x)
+    changed = self.merger.append(self.state, x)
     made = [self.student.key(changed[level][:, None], level, self.n >> level) for level in range(self.low, self.layout.top + 1)]
     return torch.cat(made, 2).to(self.nodes.dtype)
 
@@ -194,11 +192,9 @@ def extend(
     if self.merger is None:
         self._means(before)
     else:
-        top = min(self.layout.top, n_levels(n))
-        for level, summary in enumerate(self.merger(x, levels=top)):
-            if level >= self.low:
-                self.layout.level(self.nodes, level, n).copy_(self.student.key(summary, level))
-        self.late = [x]
+        summaries, self.state = self.merger.prefill(x, levels=self.top)
+        for level in range(self.low, self.layout.top + 1):
+            self.layout.level(self.nodes, level, n).copy_(self.student.key(summaries[level], level))
     return self
 
 # %% ../../nbs/mergers/08_summary_cache.ipynb #785caa1e
