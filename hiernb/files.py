@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -130,9 +131,20 @@ def pack_tensors(
     version: int = 1,  # version of this kind's layout
     meta: Any = None,  # anything that JSON can hold, stored in the header
 ) -> bytes:  # a safetensors file; equal content gives equal bytes
-    "The bytes of a tensor file, with its kind, version and meta in the header (one entry, so that their order is fixed)."
-    header = json.dumps({"kind": kind, "version": version, "meta": meta}, allow_nan=False)
-    return safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata={"hiernb": header})
+    "The bytes of a tensor file, with its kind, version, meta and checksum in the header (one entry, so that their order is fixed)."
+    header = {"kind": kind, "version": version, "meta": meta}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    header["crc32"] = _checksum(tensors, json.dumps(header, allow_nan=False))
+    return safetensors.torch.save(tensors, metadata={"hiernb": json.dumps(header)})
+
+
+def _checksum(tensors: dict[str, torch.Tensor], about: str) -> int:
+    "CRC-32 of the header's text and of every tensor: name, type, shape, bytes."
+    crc = zlib.crc32(about.encode())
+    for name, x in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {x.dtype} {list(x.shape)}".encode(), crc)
+        crc = zlib.crc32(memoryview(x.contiguous().reshape(-1).view(torch.uint8).numpy()), crc)
+    return crc
 
 # %% ../nbs/01_files.ipynb #1ae3b098
 def write_tensors(
@@ -195,7 +207,11 @@ def read_tensors(
     `FileNotFoundError` for none."""
     with _opened(path, kind) as f:
         metadata, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    return tensors, _parse_header(path, metadata, kind, version)
+    meta, header = _parse_header(path, metadata, kind, version), json.loads(metadata["hiernb"])
+    said = header.pop("crc32", None)
+    if {*header} != {"kind", "version", "meta"} or (said is not None and said != _checksum(tensors, json.dumps(header))):
+        raise DamagedFileError(path, "its contents do not match its checksum", f"a {kind} file of hiernb as it was written")
+    return tensors, meta
 
 # %% ../nbs/01_files.ipynb #80f4f990
 def sha256_file(

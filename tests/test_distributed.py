@@ -13,6 +13,8 @@ import torch
 
 from hiernb.errors import ArgumentError, EmptyError
 from hiernb.retreever.model import Retreever
+from hiernb.retreever_runs import RetreeverRun
+from hiernb.training.cli import train_tree
 from hiernb.training.distributed import average_gradients, broadcast_weights, gather_rows, own_share, ranks
 from hiernb.training.gathered import gathered_contrast
 from hiernb.training.negatives import RelevanceMask, tree_contrast
@@ -183,23 +185,44 @@ torch.manual_seed(int(os.environ.get("RANK", 0)))  # each process would start el
 model = Retreever(16, depth=4)
 settings = TrainSettings(steps=20, batch_size=16, lr=1e-2, validate_every=5, log_every=5, checkpoint_every=5, device="cpu")
 loss = mined_tree_loss(pairs, make_schedule("stochastic", 4, 20), mined, per_query=2)
-history = fit(model, loss, 64, settings, validate=validator(pairs), run_dir=sys.argv[1], progress=False)
+def stop(model, done):
+    if done == int(os.environ.get("STOP", 0)):
+        raise KeyboardInterrupt
+history = fit(model, loss, 64, settings, validate=validator(pairs), run_dir=sys.argv[1], after_step=stop, progress=False)
 if os.environ.get("RANK", "0") == "0":
     out = {"weights": model.split.weight.flatten().tolist(), "best": history.best_value, "losses": history.curve("loss")[1].tolist()}
     json.dump(out, open(sys.argv[2], "w"))
 """
 
 
-def test_a_training_on_two_processes_is_the_training_on_one(tmp_path):
+def test_a_training_on_two_processes_is_the_training_on_one_and_goes_on_from_it(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(FIT)
+    one, two = [sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     out = {}
-    for world in (1, 2):
-        start = [sys.executable] if world == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        target = tmp_path / f"out-{world}"
-        subprocess.run([*start, str(script), str(tmp_path / f"run-{world}"), str(target)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
-        out[world] = json.loads(target.read_text())
-    np.testing.assert_allclose(out[2]["weights"], out[1]["weights"], atol=1e-5)
-    np.testing.assert_allclose(out[2]["losses"], out[1]["losses"], atol=1e-5)
-    assert out[1]["best"] == pytest.approx(out[2]["best"], abs=1e-6)
-    assert len(list((tmp_path / "run-2").rglob("*.jsonl"))) == 1  # rank 0 writes for both
+    for name, legs in {"one": [(one, {})], "two": [(two, {})], "moved": [(one, {"STOP": "11"}), (two, {})]}.items():
+        for i, (start, more) in enumerate(legs):  # "moved" is interrupted after 11 steps on one process and goes on with two
+            command = [*start, str(script), str(tmp_path / f"run-{name}"), str(tmp_path / f"out-{name}")]
+            done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"} | more, timeout=300, capture_output=True)
+            assert (done.returncode == 0) == (i == len(legs) - 1), done.stderr.decode()[-2000:]
+        out[name] = json.loads((tmp_path / f"out-{name}").read_text())
+    for name in ("two", "moved"):
+        np.testing.assert_allclose(out[name]["weights"], out["one"]["weights"], atol=1e-5)
+        np.testing.assert_allclose(out[name]["losses"], out["one"]["losses"], atol=1e-5)
+        assert out["one"]["best"] == pytest.approx(out[name]["best"], abs=1e-6)
+        assert len(list((tmp_path / f"run-{name}").rglob("*.jsonl"))) == 1  # rank 0 writes for both
+
+
+def test_the_command_on_two_processes(tmp_path):
+    run = {"depth": 3, "max_pairs": 200, "max_length": 32, "steps": 6, "batch_size": 16, "validate_every": 3, "device": "cpu", "from_leaves": 0.0, "from_encoder": 0.0}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "hiernb.training.cli"]
+    command = ["--config", str(tmp_path / "run.json"), "--set", f"run_dir={tmp_path / 'two'}"]
+    done = subprocess.run([*launch, *command], env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("NDCG@10") == 1  # rank 0 alone reports
+    assert json.loads((tmp_path / "two" / "metrics.json").read_text())["processes"] == 2
+    one = train_tree(RetreeverRun(**run, run_dir=str(tmp_path / "one")), progress=False)[0].state_dict()
+    two = Retreever.from_pretrained(tmp_path / "two").state_dict()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-4)
