@@ -124,7 +124,7 @@ def read_json(
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
         raise FileFormatError(path, f"it does not parse ({e})", "a JSON file") from e
 
-
+# %% ../nbs/01_files.ipynb #217ae76e
 def pack_tensors(
     tensors: dict[str, torch.Tensor],  # name -> tensor
     kind: str,  # what the file is, for instance "flat-index"
@@ -198,13 +198,17 @@ def read_header(
     return _parse_header(path, metadata, kind, version)
 
 
-def read_tensors(
-    path: str | Path,  # the file to read
-    kind: str,  # the kind that is expected
-    version: int = 1,  # the newest version that the caller understands
-) -> tuple[dict[str, torch.Tensor], Any]:  # the tensors (memory-mapped) and the header's meta
-    """Reads what `write_tensors` wrote. Raises `DamagedFileError` for a damaged or truncated file, `FileFormatError` for one of another kind,
-    `FileNotFoundError` for none."""
+def _stamp(path: str | Path) -> tuple | None:
+    "Which file stands under a name."
+    try:
+        s = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns
+
+
+def _read_once(path: str | Path, kind: str, version: int) -> tuple[dict[str, torch.Tensor], Any]:
+    "Tensors and meta. safetensors opens the file twice, for the header and for the tensors, so the two may be of different files."
     with _opened(path, kind) as f:
         metadata, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     meta, header = _parse_header(path, metadata, kind, version), json.loads(metadata["hiernb"])
@@ -212,6 +216,26 @@ def read_tensors(
     if {*header} != {"kind", "version", "meta"} or (said is not None and said != _checksum(tensors, json.dumps(header))):
         raise DamagedFileError(path, "its contents do not match its checksum", f"a {kind} file of hiernb as it was written")
     return tensors, meta
+
+# %% ../nbs/01_files.ipynb #8177d8c7
+def read_tensors(
+    path: str | Path,  # the file to read
+    kind: str,  # the kind that is expected
+    version: int = 1,  # the newest version that the caller understands
+) -> tuple[dict[str, torch.Tensor], Any]:  # the tensors (memory-mapped) and the header's meta
+    """Reads what `write_tensors` wrote; again, where a writer replaced it meanwhile. Raises `DamagedFileError` for a damaged or truncated file,
+    `FileFormatError` for one of another kind, `FileNotFoundError` for none."""
+    for _ in range(100):
+        before = _stamp(path)
+        try:
+            found = _read_once(path, kind, version)
+        except DamagedFileError:
+            if _stamp(path) == before:
+                raise
+            continue
+        if _stamp(path) == before:
+            return found
+    raise DamagedFileError(path, "it was replaced a hundred times while it was being read", f"a {kind} file of hiernb that rests for a moment")
 
 # %% ../nbs/01_files.ipynb #80f4f990
 def sha256_file(

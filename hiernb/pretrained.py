@@ -6,13 +6,15 @@
 __all__ = ['PretrainedModel']
 
 # %% ../nbs/11_pretrained.ipynb #25b4da47
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 
 from .errors import FileFormatError
-from .files import read_tensors, write_json, write_tensors
+from .files import read_json, read_tensors, write_json, write_tensors
 
 # %% ../nbs/11_pretrained.ipynb #790fc029
 class PretrainedModel(PyTorchModelHubMixin):
@@ -24,10 +26,30 @@ class PretrainedModel(PyTorchModelHubMixin):
         "The constructor's arguments."
         return dict(self._hub_mixin_config or {}) | {"encoder": self.encoder_settings, "encoder_fingerprint": self.encoder_fingerprint}
 
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> Any:  # as the hub's
+        "Weights, configuration and model card; a save that fails leaves what was there."
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as tmp:
+            result = super().save_pretrained(tmp, **kwargs)
+            made = [p for p in Path(tmp).iterdir() if p.name != "README.md" or not Path(folder, p.name).exists()]
+            Path(folder, "config.json").unlink(missing_ok=True)  # the weights alone are enough, should the next line be the last
+            for path in sorted(made, key=lambda p: p.name != "model.safetensors"):
+                os.replace(path, folder / path.name)
+        return result
+
     def _save_pretrained(self, save_directory: Path) -> None:
-        "Weights and configuration, each in one atomic step (called by `save_pretrained`, which adds a model card)."
+        "Weights and configuration (called by `save_pretrained`, which adds a model card)."
         write_tensors(Path(save_directory, "model.safetensors"), self.state_dict(), kind=self.file_kind, meta=self.config())
         write_json(Path(save_directory, "config.json"), self.config())
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any):  # as the hub's, folder or name
+        "The model, in evaluation mode. Raises `FileFormatError` for a damaged folder."
+        config = Path(pretrained_model_name_or_path, "config.json")
+        if config.is_file() and not isinstance(found := read_json(config), dict):
+            raise FileFormatError(config, f"it holds a {type(found).__name__}", "the configuration of a model")
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, revision: str | None, cache_dir: Any, force_download: bool, local_files_only: bool, token: Any, **kwargs):

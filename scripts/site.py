@@ -26,10 +26,21 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE, PAGES, SITE = ROOT / "nbs", ROOT / "_proc" / "docs", ROOT / "_docs"
 SECTIONS = {  # folder of nbs/ -> title, in the order of the site
-    "": "Ground and doors", "data": "Data", "retreever": "ReTreever", "baselines": "Baselines", "search": "Search", "explore": "Explore",
-    "mergers": "Mergers", "teacher": "Teacher", "totrm": "ToTRM", "hybrid": "Hybrid attention", "rag": "Hybrid RAG", "training": "Training",
-    "evaluation": "Evaluation", "experiments": "Experiments",
-}  # fmt: skip
+    "": "Ground and doors",
+    "data": "Data",
+    "retreever": "ReTreever",
+    "baselines": "Baselines",
+    "search": "Search",
+    "explore": "Explore",
+    "mergers": "Mergers",
+    "teacher": "Teacher",
+    "totrm": "ToTRM",
+    "hybrid": "Hybrid attention",
+    "rag": "Hybrid RAG",
+    "training": "Training",
+    "evaluation": "Evaluation",
+    "experiments": "Experiments",
+}
 
 
 def notebooks() -> list[Path]:
@@ -67,6 +78,7 @@ CODE = re.compile(r"(^```.*?^```\s*$|^ {4}\S.*?$|`[^`\n]+`|<(?:table|style|div|s
 
 def formulas(text: str, path: Path) -> str:
     "TeX as MathML, outside code."
+
     def made(match: re.Match) -> str:
         block = match[1] is not None
         try:
@@ -75,11 +87,14 @@ def formulas(text: str, path: Path) -> str:
             raise ValueError(f"{path}: the formula {match[0]!r} cannot be read: {e}") from e
 
     parts = CODE.split(text)
-    return "".join(p if i % 2 else re.sub(r"\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$\n]+?)(?<![\s\\])\$(?![\w$])", made, p, flags=re.S) for i, p in enumerate(parts))
+    return "".join(
+        p if i % 2 else re.sub(r"\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$\n]+?)(?<![\s\\])\$(?![\w$])", made, p, flags=re.S) for i, p in enumerate(parts)
+    )
 
 
 def links(text: str) -> str:
     "Links to notebooks as links to pages; what is not on the site is named only."
+
     def made(match: re.Match) -> str:
         target, anchor = match[2].partition("#")[::2]
         if re.match(r"\w+:", target) or not target:
@@ -154,17 +169,40 @@ def build() -> None:
     shutil.copytree(SOURCE / "images", PAGES / "images", dirs_exist_ok=True)
     shutil.copy(ROOT / "scripts" / "site.css", PAGES / "site.css")
     toggle = [("default", "weather-night", "slate"), ("slate", "weather-sunny", "default")]
-    palette = [{"scheme": s, "primary": "teal", "accent": "teal", "media": f"(prefers-color-scheme: {'dark' if s == 'slate' else 'light'})",
-                "toggle": {"icon": f"material/{icon}", "name": f"to the {'dark' if other == 'slate' else 'light'} colours"}} for s, icon, other in toggle]  # fmt: skip
+    palette = [
+        {
+            "scheme": s,
+            "primary": "teal",
+            "accent": "teal",
+            "media": f"(prefers-color-scheme: {'dark' if s == 'slate' else 'light'})",
+            "toggle": {"icon": f"material/{icon}", "name": f"to the {'dark' if other == 'slate' else 'light'} colours"},
+        }
+        for s, icon, other in toggle
+    ]
     config = {
-        "site_name": "hiernb", "site_description": "Hierarchical retrieval and reasoning, explained and tested in notebooks", "docs_dir": str(PAGES), "site_dir": str(SITE), "nav": nav,
-        "use_directory_urls": False, "extra_css": ["site.css"], "plugins": ["search", "offline"], "strict": True, "validation": {"links": {"not_found": "warn", "anchors": "warn", "unrecognized_links": "warn"}},
-        "theme": {"name": "material", "font": False, "palette": palette, "features": ["navigation.top", "navigation.footer", "toc.follow", "content.code.copy", "search.highlight"]},
+        "site_name": "hiernb",
+        "site_description": "Hierarchical retrieval and reasoning, explained and tested in notebooks",
+        "docs_dir": str(PAGES),
+        "site_dir": str(SITE),
+        "nav": nav,
+        "use_directory_urls": False,
+        "extra_css": ["site.css"],
+        "plugins": ["search", "offline"],
+        "strict": True,
+        "validation": {"links": {"not_found": "warn", "anchors": "warn", "unrecognized_links": "warn"}},
+        "theme": {
+            "name": "material",
+            "font": False,
+            "palette": palette,
+            "features": ["navigation.top", "navigation.footer", "toc.follow", "content.code.copy", "search.highlight"],
+        },
         "markdown_extensions": ["tables", "attr_list", {"toc": {"permalink": True}}, "pymdownx.superfences", "pymdownx.highlight"],
-    }  # fmt: skip
+    }
     settings = ROOT / "_proc" / "mkdocs.yml"
     settings.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf8")
-    subprocess.run([sys.executable, "-m", "mkdocs", "build", "--quiet", "--clean", "-f", str(settings)], check=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
+    subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--clean", "-f", str(settings)], check=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    )
 
 
 if __name__ == "__main__":

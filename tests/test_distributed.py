@@ -214,7 +214,8 @@ def test_a_training_on_two_processes_is_the_training_on_one_and_goes_on_from_it(
 
 
 def test_the_command_on_two_processes(tmp_path):
-    run = {"depth": 3, "max_pairs": 200, "max_length": 32, "steps": 6, "batch_size": 16, "validate_every": 3, "device": "cpu", "from_leaves": 0.0, "from_encoder": 0.0}
+    run = {"depth": 3, "max_pairs": 200, "max_length": 32, "steps": 6, "batch_size": 16, "validate_every": 3, "device": "cpu"}
+    run |= {"from_leaves": 0.0, "from_encoder": 0.0}
     (tmp_path / "run.json").write_text(json.dumps(run))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "hiernb.training.cli"]
     command = ["--config", str(tmp_path / "run.json"), "--set", f"run_dir={tmp_path / 'two'}"]

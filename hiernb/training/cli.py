@@ -55,7 +55,8 @@ def read_run(
 def _metrics(run: RetreeverRun, history: History, processes: int, seconds: float) -> dict:
     "What the run folder says about the training."
     figures = {"validation": {"ReTreever": history.best_value}, "best step": history.best_step, "steps": history.step}
-    return {"metrics": figures, "seconds": {"all": round(seconds, 1)}, "processes": processes, "seed": run.seed, "device": describe_device(run.device), "versions": versions()}
+    where = {"processes": processes, "seed": run.seed, "device": describe_device(run.device), "versions": versions()}
+    return {"metrics": figures, "seconds": {"all": round(seconds, 1)}, **where}
 
 # %% ../../nbs/training/15_cli.ipynb #88c1b4bc
 def train_tree(

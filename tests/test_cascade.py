@@ -1,0 +1,193 @@
+"""The cascade's bounds, kernels and relatives: never above the truth, exact on every form of rows, approximate only by name."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hiernb.search.approximate import ApproximateCascade, recall_of, truncate
+from hiernb.search.cascade import CascadeIndex, Descent, _level, choose_levels
+from hiernb.search.flat import FlatIndex
+from hiernb.search.gpu import TorchIndex
+from hiernb.search.level_bounds import as_limit, block_bounds, choose_unit, narrow, quantise, reach, refine, scan_blocks
+from hiernb.search.storage import AssignmentIndex
+from hiernb.tree import sum_up
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"))]
+
+
+def assignments(seed, n, depth, kind):
+    "Distributions of one kind, float32."
+    rng, m = np.random.default_rng(seed), 1 << depth
+    rows = {
+        "diffuse": lambda: 1 + 0.05 * rng.random((n, m)),
+        "sharp": lambda: rng.dirichlet(np.full(m, 0.02), n) + 1e-12,
+        "one-hot": lambda: np.eye(m)[rng.integers(m, size=n)],
+        "mixed": lambda: np.where(rng.random((n, 1)) < 0.5, np.eye(m)[rng.integers(m, size=n)], np.full((n, m), 1 / m)),
+        "ties": lambda: rng.integers(0, 2, (n, m)) + np.eye(m)[rng.integers(m, size=n)],
+        "one heavy": lambda: np.concatenate([np.eye(m)[:1], 1 + 1e-3 * rng.random((n - 1, m))]),
+    }[kind]()
+    return (rows / rows.sum(1, keepdims=True)).astype(np.float32)
+
+
+KINDS = ["diffuse", "sharp", "one-hot", "mixed", "ties", "one heavy"]
+
+
+def same(index, rows, queries, k):
+    oracle = FlatIndex.build(rows).search(queries, k)
+    for got, want in zip(index.search(queries, k), oracle):
+        np.testing.assert_array_equal(got, want)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 6), st.sampled_from(KINDS), st.sampled_from(KINDS), st.floats(1e-7, 0.5))
+def test_bounds_are_never_above_the_truth(seed, h, kind, other, unit):
+    rows, query = assignments(seed, 40, 6, kind), assignments(seed + 1, 1, 6, other)
+    masses = sum_up(rows.astype(np.float64), h)
+    low = masses[::2].min(0)  # half of the contexts never saw `low`: their codes clip at 0
+    for u in (unit, choose_unit(masses[::2], low)):
+        codes, residual = quantise(masses, low, u)
+        key, r = quantise(sum_up(query.astype(np.float64), h), low, u)
+        bound = u * np.abs(codes.astype(int) - key.astype(int)).sum(1) - residual - r
+        assert (bound <= np.abs(rows.astype(np.float64) - query).sum(1) + 1e-12).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(KINDS), st.sampled_from(KINDS), st.integers(1, 150), st.integers(1, 12))
+def test_every_level_keeps_the_answer(seed, kind, other, n, k):
+    rows, query, k = assignments(seed, n + 1, 6, kind)[1:], assignments(seed + 1, 1, 6, other)[0], min(k, n)
+    index = CascadeIndex.build(rows, levels=[1, 3, 5, 6])
+    d, truth = Descent(index.parts[0], query), np.abs(rows.astype(np.float64) - query).sum(1)
+    kth = np.sort(truth)[k - 1]
+    for i in range(4):
+        bounds = np.empty(n, np.int32)
+        kept = narrow(d.codes[i], d.slack[i], d.keys[i], d.limit(i, reach(kth)), np.arange(n), bounds)
+        at, bounds = np.arange(n), np.empty(n, np.int32)
+        narrow(d.codes[i], d.slack[i], d.keys[i], 2**30, at, bounds)
+        assert kept >= k and (bounds * d.units[i] - d.residuals[i] <= truth[d.order] + 1e-9).all()
+    box, a = np.empty(len(index.parts[0].arrays["box_low"]), np.int32), index.parts[0].arrays
+    block_bounds(a["box_low"], a["box_high"], a["box_slack"], d.keys[0], box)
+    narrow(d.codes[0], d.slack[0], d.keys[0], 2**30, at, bounds)
+    assert all(box[i // 64] <= bounds[i] for i in range(n))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(KINDS), st.sampled_from(KINDS), st.sampled_from([None, [0], [2, 4], [1, 2, 3, 4, 5, 6]]), st.integers(1, 60))
+def test_cascade_equals_the_scan(seed, kind, other, levels, k):
+    rows = assignments(seed, 300, 6, kind)
+    queries = np.concatenate([assignments(seed + 1, 3, 6, other), rows[:2]])
+    same(CascadeIndex.build(rows, levels=levels), rows, queries, k)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_index_equals_the_scan(kind, device):
+    rows = assignments(3, 700, 6, kind)
+    queries = np.concatenate([assignments(4, 5, 6, kind), rows[:5]])
+    for level in (None, 0, 6):
+        index = TorchIndex.build(rows, bound_level=level).to(device)
+        for k in (1, 10, 700):
+            same(index, rows, queries, k)
+
+
+def test_removed_contexts_set_no_threshold():
+    rows = assignments(0, 500, 6, "sharp")
+    rows[:200] = rows[200]  # 200 copies of one context, all nearer than anything else
+    for index in (CascadeIndex.build(rows, levels=[3, 5]), TorchIndex.build(rows, bound_level=4)):
+        index.remove(range(100))
+        scores, ids = index.search(rows[200:201], 150)
+        want = FlatIndex.build(rows[100:], ids=range(100, 500)).search(rows[200:201], 150)
+        np.testing.assert_array_equal(ids, want[1])
+        np.testing.assert_array_equal(scores, want[0])
+
+
+@pytest.mark.parametrize("masses", ["float32", "float16"])
+def test_sparse_and_half_rows(masses):
+    rows = truncate(assignments(5, 400, 7, "sharp"), 5)
+    index = CascadeIndex.build(rows, masses=masses)
+    queries, stored = assignments(6, 6, 7, "sharp"), index.parts[0].rows(np.arange(400))
+    same(index, stored, queries, 12) if masses == "float32" else None
+    for got, want in zip(index.search(queries, 12), AssignmentIndex.build(rows, masses=masses).search(queries, 12)):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_more_queries_than_a_pass_shares_and_threads():
+    rows, queries = assignments(1, 900, 6, "sharp"), assignments(2, 45, 6, "sharp")
+    index = CascadeIndex.build(rows)
+    one, two = index.search(queries, 10, threads=1), index.search(queries, 10, threads=2)
+    for b, q in enumerate(queries):
+        alone = index.search(q[None], 10)
+        for i in (0, 1):
+            np.testing.assert_array_equal(alone[i][0], one[i][b])
+            np.testing.assert_array_equal(one[i], two[i])
+
+
+def test_kernels_at_the_ends_of_a_byte():
+    a, b = np.zeros((2, 300), np.uint8), np.full((1, 300), 255, np.uint8)
+    out = np.empty((1, 2), np.int32)
+    scan_blocks(a, np.array([0, 65535], np.uint16), b, np.ones((1, 1), bool), out)
+    assert out.tolist() == [[300 * 255, 300 * 255 - 65535]]
+    assert as_limit(np.inf, 1e-9, 0.0) == 2**30
+
+
+def test_refine_never_stops_at_a_tie():
+    rows = np.zeros((6, 2), np.float32)
+    rows[:, 0] = 1
+    best, out = np.full(2, np.inf), np.empty(6)
+    assert refine(rows, np.array([0.5, 0.5], np.float32), np.arange(6), np.full(6, 1.0), best, out) == 6
+    assert (best == 1.0).all() and (out == 1.0).all()
+
+
+def test_choose_levels_keeps_the_promised_memory():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        shares = np.sort(rng.random(11))[::-1]
+        assert sum(2**h for h in choose_levels(shares)) <= 0.9 * 1024
+
+
+def test_approximate_never_claims_to_be_exact():
+    assert "approximate" in ApproximateCascade.kind and not ApproximateCascade.exact and "Approximate" in repr(ApproximateCascade.build(np.eye(4)))
+    rows = assignments(0, 600, 6, "diffuse")
+    queries = assignments(1, 10, 6, "diffuse")
+    exact = CascadeIndex.build(rows).search(queries, 10)
+    rough = ApproximateCascade.build(rows, levels=[2], beam=15).search(queries, 10)
+    assert recall_of(rough[1], exact[1]) < 1 and (rough[0] <= exact[0]).all()
+
+
+def test_a_cascade_file_is_no_approximate_one(tmp_path):
+    ApproximateCascade.build(np.eye(8)).save(tmp_path / "a")
+    with pytest.raises(ValueError, match="approximate-cascade"):
+        CascadeIndex.load(tmp_path / "a")
+    assert ApproximateCascade.load(tmp_path / "a").options["beam"] == 256
+
+
+def test_mapped_cascade_searches_the_same(tmp_path):
+    rows = assignments(1, 500, 6, "mixed")
+    index = CascadeIndex.build(rows, levels=(3, 5))
+    index.save(tmp_path / "c")
+    for got, want in zip(CascadeIndex.load(tmp_path / "c").search(rows[:7], 9), index.search(rows[:7], 9)):
+        np.testing.assert_array_equal(got, want)
+    same(TorchIndex.build(rows), rows, rows[:7], 9)
+
+
+@pytest.mark.parametrize("h", [6, 8, 9])
+def test_a_context_unlike_all_of_the_sample(h):
+    rows = np.concatenate([assignments(0, 300, 9, "diffuse"), np.eye(512, dtype=np.float32)[:3]])
+    level = _level({"rows": rows}, np.arange(303), 512, h, sum_up(rows[:300].astype(np.float64), h))
+    codes, slack = level["codes"].reshape(303, -1), level["slack"].astype(np.int64)
+    for query in (rows[0], rows[302]):
+        key, r = quantise(sum_up(query[None].astype(np.float64), h), level["lows"], level["unit"])
+        sad = np.abs(codes.astype(int) - key.astype(int)).sum(1) - slack
+        assert (level["unit"] * sad - r <= np.abs(rows.astype(np.float64) - query).sum(1) + 1e-12).all() or (sad[300:] <= 0).all()
+        out = np.empty((1, 303), np.int16 if h <= 7 else np.int32)
+        scan_blocks(codes, level["slack"], key, np.ones((1, 5), bool), out)
+        np.testing.assert_array_equal(out[0], sad)  # no overflow
+
+
+def test_an_index_with_a_context_unlike_all_others():
+    rows = np.concatenate([assignments(0, 3500, 6, "diffuse"), np.eye(64, dtype=np.float32)[:2]])
+    rows = rows[np.random.default_rng(3).permutation(len(rows))]
+    heavy = np.flatnonzero(rows.max(1) == 1)
+    for levels in ([3], [5], [6], None):
+        same(CascadeIndex.build(rows, levels=levels), rows, rows[[0, *heavy]], 5)
