@@ -17,8 +17,8 @@ from .errors import FileFormatError
 from .files import read_json, read_tensors, write_json, write_tensors
 
 # %% ../nbs/11_pretrained.ipynb #790fc029
-class PretrainedModel(PyTorchModelHubMixin):
-    "A model whose constructor takes what JSON can hold; saved and loaded as the hub does, but atomically."
+class _Saved(PyTorchModelHubMixin):
+    "A model that is saved as the hub does, but whole or not at all."
 
     file_kind = "sentence-model"  # what the header of the weights says
 
@@ -42,6 +42,10 @@ class PretrainedModel(PyTorchModelHubMixin):
         "Weights and configuration (called by `save_pretrained`, which adds a model card)."
         write_tensors(Path(save_directory, "model.safetensors"), self.state_dict(), kind=self.file_kind, meta=self.config())
         write_json(Path(save_directory, "config.json"), self.config())
+
+# %% ../nbs/11_pretrained.ipynb #7e1c1748
+class PretrainedModel(_Saved):
+    "A model whose constructor takes what JSON can hold; saved and loaded as the hub does, but atomically."
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any):  # as the hub's, folder or name

@@ -216,7 +216,7 @@ def index_corpus(
     finish_shards(folder, notes)
     return sum(n["contexts"] for n in notes)
 
-
+# %% ../nbs/28_streaming.ipynb #dce8173c
 def _read_shard(file: Path) -> tuple[np.ndarray | list, np.ndarray]:  # ids, rows float32 [n, m]
     "A shard of assignments, filled group by group."
     parquet, at, rows, ids = pq.ParquetFile(file), 0, None, []

@@ -149,7 +149,7 @@ def in_threads(kind: type[AssignmentIndex], path: Path) -> Callable[[np.ndarray,
 
     return lambda queries, k: _POOL.submit(run, queries, k)
 
-
+# %% ../../nbs/search/13_sharded.ipynb #d7d41bfa
 @patch
 def search(
     self: ShardedIndex,
