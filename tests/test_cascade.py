@@ -12,7 +12,7 @@ from hiernb.search.flat import FlatIndex
 from hiernb.search.gpu import TorchIndex
 from hiernb.search.level_bounds import as_limit, block_bounds, choose_unit, narrow, quantise, reach, refine, scan_blocks
 from hiernb.search.storage import AssignmentIndex
-from hiernb.tree import sum_up
+from hiernb.tree import product_down, sum_up
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"))]
 
@@ -191,3 +191,12 @@ def test_an_index_with_a_context_unlike_all_others():
     heavy = np.flatnonzero(rows.max(1) == 1)
     for levels in ([3], [5], [6], None):
         same(CascadeIndex.build(rows, levels=levels), rows, rows[[0, *heavy]], 5)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_one_query_on_several_threads(threads):
+    rows = product_down(3 * torch.randn(40_000, 15, generator=torch.Generator().manual_seed(0))).numpy()  # 625 blocks: more than one stretch
+    index, queries = CascadeIndex.build(rows), rows[::10_000]
+    for query in queries:
+        one, many = (index.search(query[None], 20, threads=t) for t in (1, threads))
+        assert np.array_equal(one[0], many[0]) and np.array_equal(one[1], many[1])

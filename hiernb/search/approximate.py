@@ -35,7 +35,7 @@ class ApproximateCascade(CascadeIndex):
     options: dict[str, Any] = {"levels": None, "beam": 256}
     exact = False
 
-    def _candidates(self, part: Part, queries: np.ndarray, k: int) -> tuple[list[np.ndarray], Counter]:
+    def _candidates(self, part: Part, queries: np.ndarray, k: int, threads: int = 1) -> tuple[list[np.ndarray], Counter]:
         "For every query the most promising positions."
         beam = max(check_int("beam", self.options["beam"], 1), k)
         out, everything = [], np.ones((1, len(part.arrays["box_low"])), bool)

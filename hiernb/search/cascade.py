@@ -7,6 +7,7 @@ __all__ = ['GROUP', 'survival', 'choose_levels', 'CascadeIndex', 'Descent']
 
 # %% ../../nbs/search/07_cascade.ipynb #c3b047cc
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from typing import Any
 
@@ -211,8 +212,28 @@ def descend(
     touched["scored"] = len(rows)
     return np.sort(rows[distances <= reach(best[-1])]).astype(np.int64), touched
 
+# %% ../../nbs/search/07_cascade.ipynb #d0ba12ea
+def _scan(first: Descent, keys: np.ndarray, wanted: np.ndarray, bounds: np.ndarray, threads: int) -> None:
+    "`scan_blocks` over stretches of blocks, each in a thread of its own."
+    cuts = np.linspace(0, wanted.shape[1], min(threads, 1 + wanted.shape[1] // 256) + 1).astype(int)
+    if len(cuts) == 2:
+        return scan_blocks(first.codes[0], first.slack[0], keys, wanted, bounds)
+
+    def stretch(start: int, end: int) -> None:
+        own = np.zeros_like(wanted)
+        own[:, start:end] = wanted[:, start:end]
+        scan_blocks(first.codes[0], first.slack[0], keys, own, bounds)
+
+    with ThreadPoolExecutor(len(cuts) - 1) as pool:
+        list(pool.map(stretch, cuts[:-1], cuts[1:]))
+
+
+def _smallest(x: np.ndarray, some: int) -> np.ndarray:
+    "Where the smallest values are, in any order."
+    return np.argpartition(x, some)[:some] if some < len(x) else np.arange(len(x))
+
 # %% ../../nbs/search/07_cascade.ipynb #b7620fae
-def _first_pass(part: Part, descents: list[Descent], k: int, probes: int) -> tuple[np.ndarray, np.ndarray, list[float]]:
+def _first_pass(part: Part, descents: list[Descent], k: int, probes: int, threads: int = 1) -> tuple[np.ndarray, np.ndarray, list[float]]:
     "Bounds [B, n] at the first level, the blocks that are left [B, blocks], and thresholds."
     a, first, keys = part.arrays, descents[0], np.stack([d.keys[0] for d in descents])
     blocks, some = len(a["box_low"]), max(1, 4 * probes // BLOCK)
@@ -225,7 +246,7 @@ def _first_pass(part: Part, descents: list[Descent], k: int, probes: int) -> tup
     scan_blocks(first.codes[0], first.slack[0], keys, wanted, bounds)
     distances = [reach(d.first_threshold(bounds[b], probed[b], k, probes)) for b, d in enumerate(descents)]
     left = np.stack([boxes[b] <= d.limit(0, distances[b]) for b, d in enumerate(descents)])
-    scan_blocks(first.codes[0], first.slack[0], keys, left & ~wanted, bounds)
+    _scan(first, keys, left & ~wanted, bounds, threads)
     for b, d in enumerate(descents):
         least = np.empty(blocks, np.int32)
         block_minima(bounds[b], left[b], least)
@@ -233,22 +254,17 @@ def _first_pass(part: Part, descents: list[Descent], k: int, probes: int) -> tup
         distances[b] = min(distances[b], reach(d.first_threshold(bounds[b], best[left[b, best]], k, probes)))
     return bounds, left, distances
 
-
-def _smallest(x: np.ndarray, some: int) -> np.ndarray:
-    "Where the smallest values are, in any order."
-    return np.argpartition(x, some)[:some] if some < len(x) else np.arange(len(x))
-
 # %% ../../nbs/search/07_cascade.ipynb #36261fac
 GROUP = 16  # queries that share a pass
 
 
 @patch
-def _candidates(self: CascadeIndex, part: Part, queries: np.ndarray, k: int) -> tuple[list[np.ndarray], Counter]:
+def _candidates(self: CascadeIndex, part: Part, queries: np.ndarray, k: int, threads: int = 1) -> tuple[list[np.ndarray], Counter]:
     "For every query [B, m] the positions that its k best living contexts are among."
     out, touched = [], Counter()
     for start in range(0, len(queries), GROUP):
         descents = [Descent(part, q) for q in queries[start : start + GROUP]]
-        bounds, wanted, distances = _first_pass(part, descents, k, max(self.probes, 4 * k))
+        bounds, wanted, distances = _first_pass(part, descents, k, max(self.probes, 4 * k), threads)
         for b, d in enumerate(descents):
             found, seen = d.descend(bounds[b], wanted[b], k, distances[b])
             out.append(found)

@@ -106,7 +106,7 @@ def _tensors(self: TorchIndex, part: Part) -> dict[str, Any]:
 
 # %% ../../nbs/search/09_gpu.ipynb #4cf16747
 @patch
-def _candidates(self: TorchIndex, part: Part, queries: np.ndarray, k: int) -> tuple[list[np.ndarray], Counter]:
+def _candidates(self: TorchIndex, part: Part, queries: np.ndarray, k: int, threads: int = 1) -> tuple[list[np.ndarray], Counter]:
     "For every query [B, m] the positions that its k best living contexts are among."
     tensors, a, out, touched = self._tensors(part), part.arrays, [], Counter()
     gone = torch.from_numpy(np.flatnonzero(~part.alive)).to(self.device)

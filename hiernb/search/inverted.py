@@ -165,7 +165,7 @@ class InvertedIndex(AssignmentIndex):
             raise RangeError("assignments", f"shape [n, {width}]", "at most 65,536 leaves")
         return build_blocks(arrays, width, options["drop"], options["most"])
 
-    def _candidates(self, part: Part, queries: np.ndarray, k: int) -> tuple[list[np.ndarray], Counter]:
+    def _candidates(self, part: Part, queries: np.ndarray, k: int, threads: int = 1) -> tuple[list[np.ndarray], Counter]:
         found, touched = [], Counter()
         for query in queries:
             counts = np.zeros(5, np.int64)

@@ -74,7 +74,7 @@ class AssignmentIndex:
         "What speeds up the search of one part; `take_rows(arrays, positions, width)` reads its rows."
         return {}
 
-    def _candidates(self, part: Part, queries: np.ndarray, k: int) -> tuple[list[np.ndarray], Counter]:
+    def _candidates(self, part: Part, queries: np.ndarray, k: int, threads: int = 1) -> tuple[list[np.ndarray], Counter]:
         "For every query [B, m] positions that contain the k best living contexts (k ≤ part.live); how many were 'scored', 'bytes' read."
         everything = np.flatnonzero(part.alive)
         return [everything] * len(queries), Counter(scored=part.live * len(queries))
@@ -156,10 +156,10 @@ def build(
 
 # %% ../../nbs/search/03_storage.ipynb #2c9f5425
 @patch
-def _best_of_part(self: AssignmentIndex, part: Part, queries: np.ndarray, k: int) -> tuple[list, Counter]:
+def _best_of_part(self: AssignmentIndex, part: Part, queries: np.ndarray, k: int, threads: int) -> tuple[list, Counter]:
     "For every query the exact k best of a part: (scores, positions)."
     k, out = min(k, part.live), []
-    candidates, touched = self._candidates(part, queries, k)
+    candidates, touched = self._candidates(part, queries, k, threads)
     for b, at in enumerate(candidates):
         step, scores = max(1, (1 << 22) // self.width), np.empty(len(at), np.float32)
         for i in range(0, len(at), step):
@@ -172,9 +172,9 @@ def _best_of_part(self: AssignmentIndex, part: Part, queries: np.ndarray, k: int
 
 
 @patch
-def _search_queries(self: AssignmentIndex, parts: tuple[Part, ...], queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, Counter]:
+def _search_queries(self: AssignmentIndex, parts: tuple[Part, ...], queries: np.ndarray, k: int, threads: int) -> tuple[np.ndarray, np.ndarray, Counter]:
     "Scores and ids [B, k] of a block of queries."
-    found = [(part, *self._best_of_part(part, queries, k)) for part in parts if part.live]
+    found = [(part, *self._best_of_part(part, queries, k, threads)) for part in parts if part.live]
     scores, ids = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), found[0][0].ids.dtype)
     for b in range(len(queries)):
         s, i = np.concatenate([best[b][0] for _, best, _ in found]), np.concatenate([part.ids[best[b][1]] for part, best, _ in found])
@@ -196,12 +196,12 @@ def search(
     n = sum(part.live for part in parts)
     check_int("k", k, 1, n, "the number of contexts")
     queries = _to_width("queries", _as_rows("queries", queries, "ntvd"), self.width)
-    threads = min(check_int("threads", threads or os.cpu_count(), 1), len(queries))
-    if threads <= 1:
-        scores, ids, touched = self._search_queries(parts, queries, k)
+    threads = check_int("threads", threads or os.cpu_count(), 1)
+    if (at_once := min(threads, len(queries))) <= 1:
+        scores, ids, touched = self._search_queries(parts, queries, k, threads)
     else:
-        with ThreadPoolExecutor(threads) as pool:
-            results = list(pool.map(lambda block: self._search_queries(parts, block, k), np.array_split(queries, threads)))
+        with ThreadPoolExecutor(at_once) as pool:
+            results = list(pool.map(lambda block: self._search_queries(parts, block, k, threads // at_once), np.array_split(queries, at_once)))
         scores, ids = (np.concatenate([r[i] for r in results]) for i in (0, 1))
         touched = sum((r[2] for r in results), Counter())
     mean = {name: value / max(1, len(queries)) for name, value in touched.items()}
