@@ -143,7 +143,7 @@ def _checksum(tensors: dict[str, torch.Tensor], about: str) -> int:
     crc = zlib.crc32(about.encode())
     for name, x in sorted(tensors.items()):
         crc = zlib.crc32(f"{name} {x.dtype} {list(x.shape)}".encode(), crc)
-        crc = zlib.crc32(memoryview(x.contiguous().reshape(-1).view(torch.uint8).numpy()), crc)
+        crc = zlib.crc32(memoryview(x.contiguous().reshape(-1).view(torch.uint8).numpy()), crc) if x.numel() else crc
     return crc
 
 # %% ../nbs/01_files.ipynb #1ae3b098

@@ -194,9 +194,10 @@ def test_an_index_with_a_context_unlike_all_others():
 
 
 @pytest.mark.parametrize("threads", [2, 3, 5])
-def test_one_query_on_several_threads(threads):
-    rows = product_down(3 * torch.randn(40_000, 15, generator=torch.Generator().manual_seed(0))).numpy()  # 625 blocks: more than one stretch
-    index, queries = CascadeIndex.build(rows), rows[::10_000]
+def test_one_query_on_several_threads(threads, monkeypatch):
+    monkeypatch.setattr("hiernb.search.cascade.STRETCH", 16)
+    rows = product_down(3 * torch.randn(6_000, 15, generator=torch.Generator().manual_seed(0))).numpy()  # 94 blocks
+    index, queries = CascadeIndex.build(rows), rows[::1_500]
     for query in queries:
         one, many = (index.search(query[None], 20, threads=t) for t in (1, threads))
         assert np.array_equal(one[0], many[0]) and np.array_equal(one[1], many[1])

@@ -192,6 +192,9 @@ history = fit(model, loss, 64, settings, validate=validator(pairs), run_dir=sys.
 if os.environ.get("RANK", "0") == "0":
     out = {"weights": model.split.weight.flatten().tolist(), "best": history.best_value, "losses": history.curve("loss")[1].tolist()}
     json.dump(out, open(sys.argv[2], "w"))
+if torch.distributed.is_initialized():  # no process leaves while another still talks to it
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 """
 
 

@@ -117,7 +117,7 @@ def mantel(
 
     check_int("permutations", permutations, 1)
     rng, ranks = np.random.default_rng(seed), centred(fixed)
-    rho = float(ranks @ (other := centred(shuffled(np.arange(n)))))
+    rho = float(np.clip(ranks @ (other := centred(shuffled(np.arange(n)))), -1, 1))
     if not ranks.any() or not other.any():
         return float("nan"), 1.0
     beaten = sum(abs(ranks @ centred(shuffled(rng.permutation(n)))) >= abs(rho) - 1e-12 for _ in range(permutations))

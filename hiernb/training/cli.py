@@ -100,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if PartialState().is_main_process:
         sys.stdout.write(f"{default_run_dir(run)}: validation NDCG@10 {history.best_value:.4f} at step {history.best_step}\n")
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()  # no process leaves while another still talks to it
     return 0
 
 
