@@ -32,7 +32,8 @@ CHECKS = [
     ("the README is what nbs/index.ipynb says", [sys.executable, "scripts/readme.py"], "README.md"),
     ("lint", ["ruff", "check", "."], None),
     ("the notebooks run (nbdev_test)", ["nbdev_test", "--n_workers", "2"], None),
-    ("pytest", ["pytest", "-q", "-n", "2", "tests"], None),
+    ("pytest", ["pytest", "-q", "-n", "2", "tests", "--ignore", "tests/test_distributed.py"], None),
+    ("pytest of several processes, which need both cores", ["pytest", "-q", "tests/test_distributed.py"], None),
     ("the site builds: no broken link, no error among the outputs", [sys.executable, "scripts/site.py"], None),
 ]
 

@@ -240,8 +240,9 @@ def test_none_ran_twice(lost):
     log = lost["log"]
     assert N // 2 <= len(lost["before"]) < N - 4
     assert all(log[f"start {i}"] == 1 for i in lost["before"])
-    assert all(log[f"end {i}"] == (i != 5) for i in range(N))
     again = [i for i in range(N) if log[f"start {i}"] > 1]
+    assert all(log[f"end {i}"] == (i != 5) for i in range(N) if i not in again)
+    assert all((i != 5) <= log[f"end {i}"] <= 2 for i in again)  # 2: killed between its last cell and its record
     assert lost["table"].starts.sum() > N  # something was lost, and started again
     assert len(again) <= 3, again  # two under way with the driver, one on the node
 
