@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .errors import UnknownNameError, check_not_empty
-from .experiments import command, describe_device, versions
+from .experiments import Cell, command, describe_device, versions
 from .files import from_root, read_json, write_json
-from .studies import Cell, Study
+from .studies import Study
 from .tree_plots import COLOURS
 
 # %% ../nbs/17_claims.ipynb #4a613ccb

@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 
 from .errors import ArgumentError, check_choice, check_int, check_not_empty
 from .mergers.attention import make_merger
-from .mergers.descent import Selection, descend, plan_descent
+from .mergers.descent import descend
+from .mergers.descent_plan import Selection, plan_descent
 from .mergers.levels import n_levels
 from .mergers.losses import student_losses
 from .mergers.student import Student, copy_projections

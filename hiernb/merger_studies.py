@@ -8,7 +8,6 @@ __all__ = ['TINY', 'GRID', 'BASELINES', 'MergerStudy', 'merger_study', 'LayerPro
 
 # %% ../nbs/19_merger_studies.ipynb #abadea2c
 import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,16 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 from fastcore.basics import patch
-from tqdm.auto import tqdm
 
 from .data.text import load_text
 from .errors import ArgumentError, check_choice, check_int, check_not_empty, check_number
 from .evaluation.attention_measures import measure_selection, mass_ratio
 from .evaluation.attention_selectors import SELECTORS
 from .evaluation.attention_selectors import select as select_by
+from .experiments import Cell, cell_path, key_of, read_cell, run_cells, write_cell
 from .files import from_root
 from .merger_runs import TreeAttention, layer_contexts, start_level, stack, tree_attention_loss
-from .studies import Cell, read_cell, study_of, write_cell
+from .studies import study_of
 from .teacher.attention import LayerAttention
 from .teacher.masking import token_stream
 from .teacher.mlm import Teacher, TeacherSettings, load_teacher, random_teacher
@@ -196,7 +195,7 @@ def measure_attending(problem: LayerProblem, study: MergerStudy, method: Attendi
     "One cell, from its file or by training."
     outside = ("datasets", "teachers", "seeds", "cells", "record", "device")
     facts = [problem.fingerprint, method.settings, method.selector, {k: v for k, v in asdict(study).items() if k not in outside}, seed]
-    path = from_root(study.cells) / f"{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]}.safetensors"
+    path = cell_path(study.cells, key_of(facts))
     if path.exists():
         return replace(read_cell(path, method.name), dataset=problem.name)
     model, kept = (None, {}) if method.selector else fit_tree_attention(problem, study, method.settings, seed)
@@ -208,14 +207,7 @@ def measure_attending(problem: LayerProblem, study: MergerStudy, method: Attendi
 
 def run_merger_study(study: MergerStudy, methods: Sequence[Attending]) -> list[Cell]:
     "All cells, one teacher and text after the other."
-    cells, teachers = [], open_teachers(study)
-    with tqdm(total=len(teachers) * len(study.datasets) * len(methods) * len(study.seeds), desc="cells") as bar:
-        for teacher in teachers:
-            for dataset in study.datasets:
-                problem = LayerProblem(study, teacher, dataset)
-                for method in methods:
-                    for seed in study.seeds:
-                        bar.set_postfix_str(f"{problem.name}, {method.name}, seed {seed}")
-                        cells.append(measure_attending(problem, study, method, seed))
-                        bar.update()
-    return cells
+    teachers = open_teachers(study)
+    problems = (LayerProblem(study, teacher, dataset) for teacher in teachers for dataset in study.datasets)
+    count = len(teachers) * len(study.datasets)
+    return run_cells(problems, count, methods, study.seeds, lambda problem, method, seed: measure_attending(problem, study, method, seed))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .errors import ArgumentError, ShapeError, check_int
+from .errors import ArgumentError, RangeError, ShapeError, check_int
 
 # %% ../nbs/05_order.ipynb #cb14468d
 def sort_ids(
@@ -27,6 +27,8 @@ def sort_ids(
     is_int = all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in ids)
     if not is_int and not all(isinstance(i, str) for i in ids):
         raise ArgumentError("ids", sorted({type(i).__name__ for i in ids}), "all integers or all strings")
+    if is_int and (outside := [i for i in ids if not -(2**63) <= i < 2**63]):
+        raise RangeError("ids", outside[0], "integers of 64 bits, from −2^63 to 2^63 − 1")
     order = np.array(sorted(range(n), key=ids.__getitem__), dtype=np.int64)
     ids = np.array(ids, dtype=np.int64 if is_int else object)[order]
     if (twice := np.flatnonzero(ids[1:] == ids[:-1])).size:

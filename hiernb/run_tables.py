@@ -108,6 +108,15 @@ def _long(table: pd.DataFrame, y: str, hue: str | None) -> tuple[pd.DataFrame, s
     return table.melt([c for c in table if c not in names], names, var_name="figure", value_name=y), y, "figure"
 
 
+def _panels(table: pd.DataFrame, x: str, y: str, hue: str | None, col: str | None) -> sns.FacetGrid:
+    "Lines over numbers, points over names, with the spread of equal settings."
+    palette = sns.color_palette(COLOURS, table[hue].nunique()) if hue else None
+    shared = {"data": table, "x": x, "y": y, "hue": hue, "col": col, "palette": palette, "errorbar": "sd", "height": 3.4, "aspect": 1.3}
+    if pd.api.types.is_numeric_dtype(table[x]):
+        return sns.relplot(kind="line", marker="o", err_style="bars", **shared)
+    return sns.catplot(kind="point", linestyle="none", **shared)
+
+# %% ../nbs/26_run_tables.ipynb #e5a938bd
 def compare(
     table: pd.DataFrame,  # as `runs_table` gives it
     x: str,  # a column for the horizontal axis
@@ -124,12 +133,7 @@ def compare(
     check_not_empty(f"runs with {x} and {y}", table := table.dropna(subset=[x, y]))
     if not pd.api.types.is_numeric_dtype(table[y]):
         raise ArgumentError("y", y, "a column of numbers")
-    palette = sns.color_palette(COLOURS, table[hue].nunique()) if hue else None
-    shared = {"data": table, "x": x, "y": y, "hue": hue, "col": col, "palette": palette, "errorbar": "sd", "height": 3.4, "aspect": 1.3}
-    if pd.api.types.is_numeric_dtype(table[x]):
-        grid = sns.relplot(kind="line", marker="o", err_style="bars", **shared)
-    else:
-        grid = sns.catplot(kind="point", linestyle="none", **shared)
+    grid = _panels(table, x, y, hue, col)
     grid.set(**({"xscale": "log"} if log_x else {}), **({"yscale": "log"} if log_y else {}))
     for ax in grid.axes.flat:
         ax.grid(color="0.92", linewidth=0.7)

@@ -6,9 +6,7 @@
 __all__ = ['ModelRun', 'TotrmRun', 'check_totrm_run']
 
 # %% ../nbs/20_totrm_runs.ipynb #deb0d2c8
-import hashlib
-import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from fastcore.basics import patch
 from .data.puzzle_sources import load_puzzles
 from .data.puzzles import PuzzleSet
 from .errors import ArgumentError, RangeError, check_choice, check_int, check_not_empty, check_number
-from .files import from_root
+from .experiments import part_of, place_of
 from .totrm.model import ToTRM
 from .totrm.select import SELECTIONS
 from .totrm.settings import ToTRMSettings, for_puzzles
@@ -92,8 +90,7 @@ class TotrmRun(ModelRun):
 @patch(as_prop=True)
 def training(self: TotrmRun) -> TrainSettings:
     "The settings of the training loop."
-    shared = {f.name for f in fields(TrainSettings)} & {f.name for f in fields(self)}
-    return TrainSettings(**{name: getattr(self, name) for name in shared})
+    return part_of(self, TrainSettings, compile=None)  # `compile` here is that of the recursion
 
 
 def check_totrm_run(run: TotrmRun) -> None:
@@ -148,6 +145,4 @@ def model(self: TotrmRun, puzzles: PuzzleSet) -> ToTRM:
 @patch
 def default_dir(self: TotrmRun) -> Path:
     "Where the run is written; the device and the folder itself do not count."
-    values = {k: v for k, v in asdict(self).items() if k not in ("device", "run_dir")}
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
-    return from_root(self.run_dir or f"runs/totrm-{Path(self.task).name}-{self.merge if self.branching_steps else 'trm'}-{digest}")
+    return place_of(self, f"totrm-{Path(self.task).name}-{self.merge if self.branching_steps else 'trm'}")

@@ -7,8 +7,6 @@ __all__ = ['TINY', 'SOURCE', 'OTHERS', 'IMPROVED', 'TRM', 'BUDGETS', 'TotrmStudy
            'PuzzleProblem', 'open_puzzles', 'merge_looks', 'judge_totrm', 'measure_totrm', 'run_totrm_study', 'by_kind']
 
 # %% ../nbs/24_totrm_studies.ipynb #81746226
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -22,8 +20,8 @@ from tqdm.auto import tqdm
 from .data.puzzle_sources import load_puzzles
 from .data.puzzles import Puzzles, PuzzleSet
 from .errors import ArgumentError, check_choice, check_int, check_not_empty
-from .files import from_root
-from .studies import Cell, read_cell, study_of, write_cell
+from .experiments import Cell, cell_path, key_of, read_cell, write_cell
+from .studies import study_of
 from .totrm.model import ToTRM
 from .totrm.settings import CHOICES
 from .totrm_evaluation import exact_by_step
@@ -162,8 +160,8 @@ def measure_totrm(problem: PuzzleProblem, study: TotrmStudy, method: Solver, see
     run = run_of(study, problem.puzzles, method, seed, budget)
     own = {k: v for k, v in asdict(run).items() if k not in ("device", "run_dir", "task", "task_options")}
     facts = [problem.puzzles.fingerprint, study.tests, own]
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
-    path, folder = from_root(study.cells) / f"{key}.safetensors", from_root(study.cells) / f"training-{key}"
+    path = cell_path(study.cells, key_of(facts))
+    folder = path.with_name(f"training-{path.stem}")
     if path.exists():
         return replace(read_cell(path, method.name), dataset=budget)
     begin = time.perf_counter(), time.process_time()

@@ -1,5 +1,9 @@
 """The cascade's bounds, kernels and relatives: never above the truth, exact on every form of rows, approximate only by name."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hiernb.search.approximate import ApproximateCascade, recall_of, truncate
-from hiernb.search.cascade import CascadeIndex, Descent, _level, choose_levels
+from hiernb.search.cascade import CascadeIndex, Descent
 from hiernb.search.flat import FlatIndex
 from hiernb.search.gpu import TorchIndex
-from hiernb.search.level_bounds import as_limit, block_bounds, choose_unit, narrow, quantise, reach, refine, scan_blocks
+from hiernb.search.level_bounds import as_limit, block_bounds, choose_codes, narrow, nearest_limit, quantise, reach, refine, scan, write_keys
+from hiernb.search.levels import block_shapes, choose_levels, level_codes
+from hiernb.search.row_sums import STEPS, block_sums, byte_sum, half_sum, plain_byte_sum, plain_half_sum, unpack_halves
 from hiernb.search.storage import AssignmentIndex
 from hiernb.tree import product_down, sum_up
 
@@ -40,36 +46,44 @@ def same(index, rows, queries, k):
         np.testing.assert_array_equal(got, want)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.integers(0, 6), st.sampled_from(KINDS), st.sampled_from(KINDS), st.floats(1e-7, 0.5))
-def test_bounds_are_never_above_the_truth(seed, h, kind, other, unit):
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 6), st.sampled_from(KINDS), st.sampled_from(KINDS), st.floats(1e-7, 0.5), st.sampled_from([4, 8]))
+def test_bounds_are_never_above_the_truth(seed, h, kind, other, unit, bits):
     rows, query = assignments(seed, 40, 6, kind), assignments(seed + 1, 1, 6, other)
-    masses = sum_up(rows.astype(np.float64), h)
-    low = masses[::2].min(0)  # half of the contexts never saw `low`: their codes clip at 0
-    for u in (unit, choose_unit(masses[::2], low)):
-        codes, residual = quantise(masses, low, u)
-        key, r = quantise(sum_up(query.astype(np.float64), h), low, u)
-        bound = u * np.abs(codes.astype(int) - key.astype(int)).sum(1) - residual - r
-        assert (bound <= np.abs(rows.astype(np.float64) - query).sum(1) + 1e-12).all()
+    masses, truth = sum_up(rows.astype(np.float64), h), np.abs(rows.astype(np.float64) - query).sum(1)
+    half = masses[::2]  # half of the contexts never saw the offsets: their codes clip at 0
+    for low, u in ((half.min(0), unit), choose_codes(half, bits)):
+        codes, residual = quantise(masses, low, u, bits)
+        values = (unpack_halves(codes) if bits == 4 else codes).astype(int)
+        keys = np.zeros((1, values.shape[1]) if bits == 4 else (4, values.shape[1]), np.uint8)
+        offset = write_keys(sum_up(query.astype(np.float64), h)[0], low, u, 248 if bits == 4 else 255, keys)
+        bound = u * np.abs(values[None] - keys[:, None].astype(int)).mean(0).sum(1) - residual + offset
+        assert (bound <= truth + 1e-12).all()
+        if bits == 8:
+            key, r = quantise(sum_up(query.astype(np.float64), h), low, u)
+            plain = u * np.abs(values - key.astype(int)).sum(1) - residual - r
+            assert (plain <= truth + 1e-12).all()
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(KINDS), st.sampled_from(KINDS), st.integers(1, 150), st.integers(1, 12))
 def test_every_level_keeps_the_answer(seed, kind, other, n, k):
     rows, query, k = assignments(seed, n + 1, 6, kind)[1:], assignments(seed + 1, 1, 6, other)[0], min(k, n)
-    index = CascadeIndex.build(rows, levels=[1, 3, 5, 6])
+    index = CascadeIndex.build(rows, levels=[0, 1, 3, 5, 6])
     d, truth = Descent(index.parts[0], query), np.abs(rows.astype(np.float64) - query).sum(1)
     kth = np.sort(truth)[k - 1]
-    for i in range(4):
+    for i in range(5):
         bounds = np.empty(n, np.int32)
         kept = narrow(d.codes[i], d.slack[i], d.keys[i], d.limit(i, reach(kth)), np.arange(n), bounds)
         at, bounds = np.arange(n), np.empty(n, np.int32)
         narrow(d.codes[i], d.slack[i], d.keys[i], 2**30, at, bounds)
-        assert kept >= k and (bounds * d.units[i] - d.residuals[i] <= truth[d.order] + 1e-9).all()
-    box, a = np.empty(len(index.parts[0].arrays["box_low"]), np.int32), index.parts[0].arrays
-    block_bounds(a["box_low"], a["box_high"], a["box_slack"], d.keys[0], box)
-    narrow(d.codes[0], d.slack[0], d.keys[0], 2**30, at, bounds)
-    assert all(box[i // 64] <= bounds[i] for i in range(n))
+        assert kept >= k and (bounds * d.scales[i] + d.offsets[i] <= truth[d.order] + 1e-9).all()
+        if d.bits[i] == 4:
+            shapes = block_shapes(d.codes[i], d.slack[i], always=True)
+            box = np.empty(len(shapes["box_low"]), np.int32)
+            block_bounds(shapes["box_low"], shapes["box_high"], shapes["box_slack"], d.keys[i].ravel(), box)
+            assert len(box) == -(-n // 64) and all(box[j // 64] <= bounds[j] for j in range(n))
+            assert 0 < i or (d.scan()[1] == bounds).all()
 
 
 @settings(max_examples=30, deadline=None)
@@ -124,11 +138,57 @@ def test_more_queries_than_a_pass_shares_and_threads():
 
 
 def test_kernels_at_the_ends_of_a_byte():
-    a, b = np.zeros((2, 300), np.uint8), np.full((1, 300), 255, np.uint8)
-    out = np.empty((1, 2), np.int32)
-    scan_blocks(a, np.array([0, 65535], np.uint16), b, np.ones((1, 1), bool), out)
-    assert out.tolist() == [[300 * 255, 300 * 255 - 65535]]
-    assert as_limit(np.inf, 1e-9, 0.0) == 2**30
+    for width in (1, 64, 300):
+        low, most = np.zeros((2, width), np.uint8), np.full((4, width), 255, np.uint8)
+        at, out = np.empty((1, 3), np.int64), np.empty((1, 3), np.int32)
+        slack, every = np.array([0, 65535], np.uint16), np.ones((1, 1), bool)
+        assert scan(low, slack, most[:1], most[1:2], every, np.full(1, 2**30), at, out).tolist() == [2]
+        assert out[0, :2].tolist() == [2 * width * 255, 2 * width * 255 - 65535]
+        assert narrow(low, slack, most, 2**30, np.arange(2), out[0]) == 2 and out[0, :2].tolist() == [4 * width * 255, 4 * (width * 255 - 65535)]
+    assert as_limit(np.inf, 1e-9, 0.0) == 2**30 and as_limit(0.0, 1e-9, 2.0) == -(2**30)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([1, 2, 4, 8, 16, 32, 64, 128, 256, 512]), st.sampled_from(["any", "ends", "equal"]))
+def test_instructions_equal_the_plain_loops(seed, width, kind):
+    rng = np.random.default_rng(seed)
+    draw = {"any": lambda *s: rng.integers(0, 256, s), "ends": lambda *s: rng.choice([0, 255], s), "equal": lambda *s: np.full(s, rng.integers(256))}[kind]
+    rows, keys = draw(11, width).astype(np.uint8), draw(4, width).astype(np.uint8)
+    values, both = unpack_halves(rows).astype(int), np.concatenate([keys[0], keys[1]]).astype(int)
+    wanted = np.abs(values - both).sum(1)
+    assert [half_sum(rows, i, keys[0], keys[1]) for i in range(11)] == [plain_half_sum(rows, i, keys[0], keys[1]) for i in range(11)] == wanted.tolist()
+    by_bytes = np.abs(rows[:, None].astype(int) - keys).sum((1, 2)).tolist()
+    assert [byte_sum(rows, i, keys) for i in range(11)] == [plain_byte_sum(rows, i, keys) for i in range(11)] == by_bytes
+    start, end = sorted(rng.integers(0, 12, 2))
+    sums = np.empty(11, np.int64)
+    block_sums(rows, start, end, keys[0], keys[1], sums)
+    assert (sums[: end - start] == wanted[start:end]).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(-(2**29), 2**29), min_size=1, max_size=200), st.integers(1, 250))
+def test_a_limit_keeps_as_many_as_asked_for(bounds, some):
+    bounds = np.array(bounds, np.int32)
+    assert (bounds <= nearest_limit(bounds, some)).sum() >= min(some, len(bounds))
+
+
+PLAIN = """
+import numpy as np
+from hiernb.search import row_sums
+from hiernb.search.cascade import CascadeIndex
+from hiernb.search.flat import FlatIndex
+assert row_sums.NATIVE == 0, row_sums.NATIVE
+rows = np.random.default_rng(0).dirichlet(np.full(128, 0.3), 700).astype(np.float32)
+for levels in ([7], [5, 7]):
+    for got, want in zip(CascadeIndex.build(rows, levels=levels).search(rows[:5], 9), FlatIndex.build(rows).search(rows[:5], 9)):
+        np.testing.assert_array_equal(got, want)
+"""
+
+
+def test_a_processor_without_the_instructions():
+    "Numba told to compile for a processor of which nothing is known."
+    environment = os.environ | {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    subprocess.run([sys.executable, "-c", PLAIN], check=True, env=environment, timeout=300)
 
 
 def test_refine_never_stops_at_a_tie():
@@ -174,15 +234,17 @@ def test_mapped_cascade_searches_the_same(tmp_path):
 @pytest.mark.parametrize("h", [6, 8, 9])
 def test_a_context_unlike_all_of_the_sample(h):
     rows = np.concatenate([assignments(0, 300, 9, "diffuse"), np.eye(512, dtype=np.float32)[:3]])
-    level = _level({"rows": rows}, np.arange(303), 512, h, sum_up(rows[:300].astype(np.float64), h))
-    codes, slack = level["codes"].reshape(303, -1), level["slack"].astype(np.int64)
-    for query in (rows[0], rows[302]):
-        key, r = quantise(sum_up(query[None].astype(np.float64), h), level["lows"], level["unit"])
-        sad = np.abs(codes.astype(int) - key.astype(int)).sum(1) - slack
-        assert (level["unit"] * sad - r <= np.abs(rows.astype(np.float64) - query).sum(1) + 1e-12).all() or (sad[300:] <= 0).all()
-        out = np.empty((1, 303), np.int16 if h <= 7 else np.int32)
-        scan_blocks(codes, level["slack"], key, np.ones((1, 5), bool), out)
-        np.testing.assert_array_equal(out[0], sad)  # no overflow
+    for bits in (4, 8):
+        level = level_codes({"rows": rows}, np.arange(303), 512, h, rows[:300], bits)
+        codes = (unpack_halves(level["codes"]) if bits == 4 else level["codes"]).astype(int)
+        for query in (rows[0], rows[302]):
+            keys = np.zeros((1 if bits == 4 else 4, 1 << h), np.uint8)
+            offset = write_keys(sum_up(query[None].astype(np.float64), h)[0], level["low"], level["unit"], STEPS[-1] if bits == 4 else 255, keys)
+            sad = np.abs(codes - keys[:, None].astype(int)).sum((0, 2)) - len(keys) * level["slack"].astype(np.int64)
+            assert (level["unit"] / len(keys) * sad + offset <= np.abs(rows.astype(np.float64) - query).sum(1) + 1e-12).all()
+            at, out = np.arange(303), np.empty(303, np.int32)
+            narrow(level["codes"], level["slack"], keys.reshape(2, -1) if bits == 4 else keys, 2**30, at, out)
+            np.testing.assert_array_equal(out, sad)  # no overflow
 
 
 def test_an_index_with_a_context_unlike_all_others():
@@ -194,8 +256,7 @@ def test_an_index_with_a_context_unlike_all_others():
 
 
 @pytest.mark.parametrize("threads", [2, 3, 5])
-def test_one_query_on_several_threads(threads, monkeypatch):
-    monkeypatch.setattr("hiernb.search.cascade.STRETCH", 16)
+def test_one_query_on_several_threads(threads):
     rows = product_down(3 * torch.randn(6_000, 15, generator=torch.Generator().manual_seed(0))).numpy()  # 94 blocks
     index, queries = CascadeIndex.build(rows), rows[::1_500]
     for query in queries:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -15,8 +14,9 @@ from hypothesis import strategies as st
 
 from hiernb.errors import ArgumentError, EmptyError, HiernbError, NotFiniteError, RangeError, ShapeError
 from hiernb.mergers.binary import BinaryMerger, MeanMerger
-from hiernb.mergers.descent import descend, plan_descent
+from hiernb.mergers.descent import descend
 from hiernb.mergers.descent_attention import attend, descent_attention, mean_levels
+from hiernb.mergers.descent_plan import plan_descent
 from hiernb.mergers.levels import level_masks, n_levels
 from hiernb.mergers.student import Student
 from hiernb.mergers.summary_cache import SummaryCache
@@ -298,30 +298,17 @@ def test_any_number_of_threads():
     assert all(torch.equal(outs[0], out) for out in outs)
 
 
-def in_child(queue) -> None:
+def a_descent() -> float:
     torch.manual_seed(0)
     q, k = torch.randn(1, 4, 3, 16), torch.randn(1, 4, 500, 16)
-    queue.put(descent_attention(q, k, k, backend="numba").sum().item())
+    return descent_attention(q, k, k, backend="numba").sum().item()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_after_a_fork():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        context = multiprocessing.get_context("fork")
-        queue = context.SimpleQueue()
-        in_child(queue)  # the parent's threads exist; they do not follow into the child
-        child = context.Process(target=in_child, args=(queue,))
-        child.start()
-        child.join(30)
-        if child.is_alive():
-            child.kill()
-        assert child.exitcode == 0
-        assert queue.get() == pytest.approx(queue.get())
-    finally:
-        torch.set_num_threads(before)
+def test_after_a_fork(after_fork):
+    here, in_child = after_fork(a_descent)
+    assert here == pytest.approx(in_child)
 
 
 def test_memory_does_not_grow_with_queries_times_context():

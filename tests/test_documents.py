@@ -12,7 +12,8 @@ from pypdf.generic import DictionaryObject as Dict
 from pypdf.generic import NameObject as Name
 
 from hiernb.errors import EmptyError, FileFormatError, HiernbError
-from hiernb.rag.documents import READERS, Document, decode, load_documents, read_pdf, sentence_spans, split_passages
+from hiernb.rag.documents import READERS, Document, decode, load_documents, read_pdf
+from hiernb.rag.passages import sentence_spans, split_passages
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 SOME = ["Bees", "visit", "lavender.", "Why?", "e.g.", "Dr.", "U.S.", "(sage)", "été", "\n\n", "3.5", "...", "x" * 30, '"Yes!"', "。"]

@@ -264,10 +264,10 @@ def test_another_class_and_a_newer_version_are_refused(saved, monkeypatch):
     path, _, _ = saved
     with pytest.raises(FileFormatError, match="it is a inverted-index file"):
         CascadeIndex.load(path)
-    monkeypatch.setattr("hiernb.search.array_files.FORMAT_VERSION", 2)
+    monkeypatch.setattr("hiernb.search.array_files.FORMAT_VERSION", 3)
     InvertedIndex.load(path).save(path)
     monkeypatch.undo()
-    with pytest.raises(FileFormatError, match="format version 2"):
+    with pytest.raises(FileFormatError, match="format version 3"):
         InvertedIndex.load(path)
 
 
@@ -342,3 +342,12 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
     assert done.returncode != 0 and "OSError" in done.stderr
     assert (open_arrays(path, "demo")[0]["x"] == 1).all()
     assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_a_cascade_of_an_older_version_is_refused_by_name(tmp_path):
+    "Files of version 1 hold bytes at every level and neither their widths nor the means of the blocks."
+    CascadeIndex.build(np.eye(16, dtype=np.float32), levels=[2, 3]).save(tmp_path / "new")
+    arrays, meta = open_arrays(tmp_path / "new", CascadeIndex.kind)
+    write_arrays(tmp_path / "old", {name: x for name, x in arrays.items() if name not in ("0/bits", "0/box_mean")}, CascadeIndex.kind, meta)
+    with pytest.raises(FileFormatError, match="bits, box_mean missing, as in files of an older version"):
+        CascadeIndex.load(tmp_path / "old")

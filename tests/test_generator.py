@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from hiernb.errors import ArgumentError, EmptyError, RangeError
-from hiernb.rag.documents import Document, Passage, split_passages
-from hiernb.rag.generator import Answer, EndpointGenerator, FunctionGenerator, GeneratorError, LocalGenerator, fit_prompt, quoted_spans, written_answer
+from hiernb.rag.documents import Document
+from hiernb.rag.endpoint import EndpointGenerator
+from hiernb.rag.generator import Answer, FunctionGenerator, GeneratorError, LocalGenerator, fit_prompt, quoted_spans, written_answer
+from hiernb.rag.passages import Passage, split_passages
 
 PASSAGES = split_passages([Document("Bees visit lavender. Ducks eat slugs (all of them). C++ costs $5.", "garden.txt")], words=6, overlap=0)
 

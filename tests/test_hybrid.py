@@ -101,6 +101,19 @@ def test_second_derivatives_and_changes_in_place():
         out.sum().backward()
 
 
+@pytest.mark.parametrize("n", [1, 30, 200, 1500])
+def test_no_gradients_are_needed(n):
+    q, k, v = torch.randn(3, 1, 2, n, 4, generator=torch.Generator().manual_seed(n))
+    with torch.no_grad():
+        plain = hybrid_attention(q, k, v, 20, 0, None, "chunked")
+    with torch.inference_mode():
+        assert torch.equal(hybrid_attention(q.clone(), k.clone(), v.clone(), 20, 0, None, "chunked"), plain)
+    learned = k.clone().requires_grad_()
+    hybrid_attention(q, learned, v, 20, 0, None, "chunked").sum().backward()  # the keys alone
+    dense = torch.autograd.grad(hybrid_attention(q, again := k.clone().requires_grad_(), v, 20, 0, None, "dense").sum(), again)[0]
+    assert (learned.grad - dense).abs().max() < 1e-4
+
+
 def test_flex_is_dense():
     import shutil
 

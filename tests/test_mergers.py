@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hiernb.errors import ArgumentError, EmptyError, NotFiniteError, RangeError, ShapeError, UnknownNameError
 from hiernb.mergers.attention import OPERATORS, make_merger
 from hiernb.mergers.binary import append_all, merge_naively
-from hiernb.mergers.levels import Merger, hide_and_pad, level_masks, level_mass, level_size, n_levels
+from hiernb.mergers.levels import hide_and_pad, level_masks, level_mass, level_size, n_levels
+from hiernb.mergers.merger import Merger
 
 DIM, MAX_LEVELS = 8, 6
 KINDS = {

@@ -4,6 +4,7 @@ import functools
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,8 @@ from hiernb.data.cube import N_STATES, cube_distances, move_states, solve_cube
 from hiernb.data.dihedral import augment_dihedral, canonical_dihedral
 from hiernb.data.maze import generate_mazes, make_maze, solve_maze
 from hiernb.data.puzzle_sources import GENERATED, augmenter, load_puzzles
-from hiernb.data.puzzles import Puzzles, PuzzleSet, read_puzzles, split_by_key
+from hiernb.data.puzzle_splits import split_by_key
+from hiernb.data.puzzles import Puzzles, PuzzleSet, read_puzzles
 from hiernb.data.rubik import apply_answer, canonical_cube, cube_states, cube_stickers, make_rubik
 from hiernb.data.sudoku import generate_sudoku, make_sudoku
 from hiernb.data.sudoku_files import leaked, load_sudoku_extreme, read_sudoku_folder, read_sudoku_lines, read_sudoku_table
@@ -31,6 +33,7 @@ from hiernb.data.sudoku_solver import BOXES, board_text, check_sudoku, dig_sudok
 from hiernb.data.sudoku_symmetry import augment_sudoku, canonical_sudoku
 from hiernb.data.trm_files import read_trm, write_trm
 from hiernb.errors import ArgumentError, DamagedFileError, EmptyError, FileFormatError, RangeError, ShapeError
+from hiernb.files import write_tensors
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 quick = settings(max_examples=25, deadline=None)
@@ -247,8 +250,14 @@ def test_a_saved_set_that_was_damaged_is_refused_by_name(tmp_path):
     flipped = bytearray(whole)
     flipped[-500] ^= 1
     path.write_bytes(bytes(flipped))
-    with pytest.raises((DamagedFileError, RangeError)):
+    with pytest.raises(DamagedFileError, match=re.escape(str(tmp_path))):
         read_puzzles(tmp_path / "s")
+    tensors = {k: torch.from_numpy(np.ascontiguousarray(getattr(made.train, k))) for k in ("inputs", "labels", "groups", "difficulty", "origins")}
+    inputs, labels, groups = (tensors[k] for k in ("inputs", "labels", "groups"))
+    for change in ({"inputs": inputs + 100}, {"inputs": inputs.float()}, {"labels": labels[:, :9]}, {"groups": groups[:3]}, {"more": groups + 0}):  # whole files
+        write_tensors(path, {k: v.contiguous() for k, v in (tensors | change).items()}, "puzzles")
+        with pytest.raises(FileFormatError, match=re.escape(str(tmp_path))):
+            read_puzzles(tmp_path / "s")
     path.unlink()
     with pytest.raises(FileNotFoundError, match="train.safetensors"):
         read_puzzles(tmp_path / "s")

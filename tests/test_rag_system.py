@@ -16,10 +16,13 @@ from hypothesis import strategies as st
 
 from hiernb.errors import ArgumentError, EmptyError, FileFormatError, HiernbError, RangeError
 from hiernb.files import from_root
+from hiernb.rag.candidates import CandidateIndex
 from hiernb.rag.configuration import WEIGHTS, read_config
-from hiernb.rag.documents import Document, split_passages
-from hiernb.rag.generator import EndpointGenerator, FunctionGenerator, GeneratorError
-from hiernb.rag.retriever import CandidateIndex, NeuralRetriever, RetrieverConfig
+from hiernb.rag.documents import Document
+from hiernb.rag.endpoint import EndpointGenerator
+from hiernb.rag.generator import FunctionGenerator, GeneratorError
+from hiernb.rag.passages import split_passages
+from hiernb.rag.retriever import NeuralRetriever, RetrieverConfig
 from hiernb.rag.snapshot import MANIFEST, read_snapshot, write_snapshot
 from hiernb.rag.store import PassageStore
 from hiernb.rag.system import METHODS, HybridRAGSystem, create_hybrid_rag_system

@@ -16,8 +16,9 @@ from hiernb.errors import ArgumentError, DamagedFileError, EmptyError
 from hiernb.rag.docs_qa import load_docs_qa
 from hiernb.rag.hybrid_reader import HybridBody, pack, unpack
 from hiernb.rag.qa_data import QAData, answer_spans
-from hiernb.rag.reader import ReaderOutput, SpanReader, best_spans, read_answers, span_loss
+from hiernb.rag.reader import ReaderOutput, SpanReader, span_loss
 from hiernb.rag.reader_training import Drawing, evaluate_reader, limit_contexts, reader_data, reader_loss, split_data
+from hiernb.rag.reading import best_spans, read_answers
 from hiernb.rag.token_store import token_store
 from hiernb.rag.tokens import FEATURES, ReaderBatch, Surface, TokenText, reader_batch, surface, token_spans, token_texts
 from hiernb.training.loop import fit

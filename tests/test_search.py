@@ -328,3 +328,10 @@ def test_pair_scores_do_not_depend_on_place_or_chunk():
             np.testing.assert_array_equal(together, alone)
             np.testing.assert_array_equal(together, pair_scores(x, x, q, r, metric, chunk=5 * width))
             np.testing.assert_array_equal(together.reshape(12, 12), together.reshape(12, 12).T)
+
+
+@pytest.mark.parametrize("beyond", [2**63, -(2**63) - 1, 10**30])
+def test_ids_beyond_64_bits_are_refused_by_name(beyond):
+    with pytest.raises(RangeError, match="ids"):
+        sort_ids([1, beyond], 2)
+    assert sort_ids([2**63 - 1, -(2**63)], 2)[0].tolist() == [-(2**63), 2**63 - 1]

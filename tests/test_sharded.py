@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from hiernb.errors import ArgumentError, FileFormatError, NotFiniteError, RangeError
+from hiernb.ray_session import ray_session
 from hiernb.retreever.model import Retreever
 from hiernb.search.cascade import CascadeIndex
 from hiernb.search.flat import FlatIndex
@@ -38,11 +39,9 @@ def write_vectors(folder, n=600, dim=12, files=3, groups=64):
 
 @pytest.fixture(scope="module")
 def ray_here():
-    ray = pytest.importorskip("ray", reason="Ray is not installed (extra `ray`)")
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "240"}
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
-    yield ray
-    ray.shutdown()
+    pytest.importorskip("ray", reason="Ray is not installed (extra `ray`)")
+    with ray_session(2, object_store=80 * 2**20) as ray:
+        yield ray
 
 
 @pytest.mark.parametrize("kind", [InvertedIndex, CascadeIndex])
@@ -128,6 +127,46 @@ def test_a_corpus_through_rays_workers_is_the_corpus_made_here(tmp_path, ray_her
     assert index_corpus(tmp_path / "there", tmp_path / "index", progress=False) == 600
     answer = ShardedIndex(tmp_path / "index").search(torch.full((1, 16), 1 / 16), 600)
     assert sorted(answer.ids[0]) == [f"c{i:05}" for i in range(600)]
+
+
+def test_row_groups_of_any_size_are_the_same_corpus(tmp_path):
+    """Also one that holds everything, of which each shard reads its own rows only, a batch at a time."""
+    rng, out = np.random.default_rng(0), []
+    vectors = pa.FixedSizeListArray.from_arrays(rng.normal(size=12 * 1000).astype(np.float32), 12)
+    Retreever(12, depth=4, spread=3.0).save_pretrained(tmp_path / "model")
+    for groups in (1, 7, 64, 1000):
+        (tmp_path / f"in{groups}").mkdir()
+        pq.write_table(pa.table({"context_id": np.arange(1000), "vector": vectors}), tmp_path / f"in{groups}" / "x.parquet", row_group_size=groups)
+        done = assign_corpus(tmp_path / f"in{groups}", tmp_path / "model", tmp_path / f"out{groups}", rows=300, batch_size=32, progress=False)
+        assert done == {"shard-00000": 300, "shard-00001": 300, "shard-00002": 300, "shard-00003": 100}
+        made = pa.concat_tables([pq.read_table(tmp_path / f"out{groups}" / f"{name}.parquet") for name in done])
+        assert made["context_id"].to_pylist() == [*range(1000)]
+        out.append(np.array(made["assignment"].to_pylist(), np.float32))
+    assert all(np.abs(x - out[0]).max() < 1e-3 for x in out[1:])  # batches of another size round differently
+
+
+def test_a_row_group_larger_than_memory_may_be(tmp_path):
+    """Memory holds batches, not row groups: reading 60 MB takes less than half of that."""
+    vectors = pa.FixedSizeListArray.from_arrays(np.random.default_rng(0).normal(size=384 * 40_000).astype(np.float32), 384)
+    pq.write_table(pa.table({"context_id": np.arange(40_000), "vector": vectors}), tmp_path / "x.parquet", row_group_size=1 << 20)
+    code = "import sys, pyarrow as pa; from hiernb.streaming import _batches, plan_shards; "
+    code += "n = sum(len(b) for p in plan_shards(sys.argv[1], 9000).values() for b in _batches(p, 256)); print(n, pa.default_memory_pool().max_memory())"
+    command = [sys.executable, "-c", code, tmp_path / "x.parquet"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    n, peak = map(int, out.stdout.split())
+    assert n == 40_000 and peak < 30e6, peak
+
+
+def test_the_texts_of_a_corpus_are_not_kept_unless_asked(tmp_path, monkeypatch):
+    """The encoder's cache would grow with the corpus."""
+    monkeypatch.setenv("HIERNB_CACHE", str(tmp_path / "cache"))
+    pq.write_table(pa.table({"context_id": [1, 2], "title": ["Owls", None], "text": ["fly at night", "Rain falls."]}), tmp_path / "x.parquet")
+    Retreever(384, depth=3, spread=3.0).save_pretrained(tmp_path / "model")
+    for cache, kept in ((False, False), (str(tmp_path / "kept"), True)):
+        out = tmp_path / f"out-{kept}"
+        assert assign_corpus(tmp_path / "x.parquet", tmp_path / "model", out, cache=cache, progress=False) == {"shard-00000": 2}
+        assert (tmp_path / "kept").exists() == kept and not [*(tmp_path / "cache").rglob("*.safetensors")]
+        assert np.allclose(np.array(pq.read_table(out / "shard-00000.parquet")["assignment"].to_pylist()).sum(1), 1, atol=1e-2)
 
 
 def test_a_killed_run_goes_on_with_what_is_missing(tmp_path):

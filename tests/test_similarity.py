@@ -1,7 +1,6 @@
 """nTVD against torch.cdist over many shapes, its threads, its memory, and the Triton kernels in the interpreter and the compiler."""
 
 import importlib.util
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -126,30 +125,16 @@ def test_from_many_threads_at_once():
             assert all(torch.equal(x, y) for x, y in zip(got, want))
 
 
-def in_child(queue) -> None:
+def a_similarity() -> float:
     torch.manual_seed(0)
-    queue.put(ntvd(torch.rand(70, 1024), torch.rand(70, 1024)).sum().item())
+    return ntvd(torch.rand(70, 1024), torch.rand(70, 1024)).sum().item()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_after_a_fork():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        ntvd(torch.rand(70, 1024), torch.rand(70, 1024))  # the parent's pool exists; its threads do not follow into the child
-        context = multiprocessing.get_context("fork")
-        queue = context.SimpleQueue()
-        child = context.Process(target=in_child, args=(queue,))
-        child.start()
-        child.join(30)
-        if child.is_alive():
-            child.kill()
-        assert child.exitcode == 0
-        torch.manual_seed(0)
-        assert queue.get() == ntvd(torch.rand(70, 1024), torch.rand(70, 1024)).sum().item()
-    finally:
-        torch.set_num_threads(before)
+def test_after_a_fork(after_fork):
+    here, in_child = after_fork(a_similarity)
+    assert here == in_child
 
 
 def test_a_failure_in_a_helper_is_raised():

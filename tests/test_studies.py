@@ -12,7 +12,8 @@ import pytest
 
 from hiernb.claims import ask, record
 from hiernb.errors import FileFormatError, UnknownNameError
-from hiernb.studies import Cell, Method, Study, measure, open_problem, run_study
+from hiernb.experiments import Cell
+from hiernb.studies import Method, Study, measure, open_problem, run_study
 
 SMALL = dict(seeds=[0, 1], max_pairs=200, max_queries=40, max_length=32, depth=4, steps=20, batch_size=32, tree_lrs=[0.02], baseline_lrs=[1e-3], device="cpu")
 SCRIPT = """

@@ -24,6 +24,9 @@ import json, os, time
 def note(what):
     with open(log, "a") as f: f.write(f"{what} {number}\\n")
 note("start")
+if os.path.exists(log + ".gate"):  # the test holds the runs here, to kill something while it knows what is under way
+    with open(log + ".held", "a") as f: f.write(f"{number} {os.getpid()}\\n")
+    while os.path.exists(log + ".gate"): time.sleep(0.02)
 time.sleep(pause)
 """
 END = """
@@ -174,6 +177,14 @@ N = 24
 ENVIRONMENT = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
+def alive(pid: int) -> bool:
+    "Whether a process runs; one that has ended and waits to be collected does not."
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -193,7 +204,7 @@ def lost(tmp_path_factory):
     grid.write_text(f"notebook: '{notebook}'\nfolder: {runs}\nparameters: {{bad: 5}}\ngrid: {{number: {list(range(N))}}}")
     def node():  # ports of its own: with free ones a node waits for its agent for a few seconds only, which a busy machine may need
         small = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
-        return small | {f"{name}_port": free_port() for name in ("metrics_agent", "dashboard_agent_listen", "runtime_env_agent")}
+        return small | {f"{name}_port": free_port() for name in ("metrics_agent", "metrics_export", "dashboard_agent_listen", "runtime_env_agent")}
 
     cluster = Cluster(initialize_head=True, head_node_args=node())
     try:
@@ -204,22 +215,40 @@ def lost(tmp_path_factory):
             records = [read_run(path) for path in runs.glob("*")] if runs.exists() else []
             return {r["parameters"]["number"] for r in records if r.get("status") in ("finished", "failed")}
 
-        def start_and_wait(n):
-            driver = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            deadline = time.monotonic() + 120
-            while len(ended()) < n and driver.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.05)
-            return driver
+        def until(done, what):
+            deadline = time.monotonic() + 180
+            while not done():
+                assert time.monotonic() < deadline and driver.poll() is None, what
+                time.sleep(0.02)
 
-        first = start_and_wait(N // 2)
-        first.kill()
-        first.communicate()
-        time.sleep(0.3)
+        def start_and_hold(n):
+            "A driver that has ended n runs, and the two runs under way, held before their end: number -> process."
+            nonlocal driver
+            driver = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            until(lambda: len(ended()) >= n, f"{n} runs to end")
+            held.unlink(missing_ok=True)
+            gate.touch()
+            until(lambda: held.exists() and held.read_text().count("\n") == 2, "two runs under way")
+            return {int(number): int(pid) for number, pid in map(str.split, held.read_text().splitlines())}
+
+        driver, gate, held = None, folder / "log.gate", folder / "log.held"
+        killed = start_and_hold(N // 2)
         before = ended()
-        driver = start_and_wait(len(before) + 4)
+        driver.kill()
+        driver.communicate()
+        deadline = time.monotonic() + 120
+        while any(map(alive, killed.values())):  # they end with their driver
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        gate.unlink()
+        more = start_and_hold(len(before) + 4)
         cluster.remove_node(second, allow_graceful=False)
-        out, err = driver.communicate(timeout=120)
-        yield {"table": runs_table(runs), "log": noted(folder), "before": before, "code": driver.returncode, "out": out, "err": err, "folder": runs}
+        until(lambda: sum(map(alive, more.values())) == 1, "the run on the lost node to die")
+        killed |= {number: pid for number, pid in more.items() if not alive(pid)}
+        gate.unlink()
+        out, err = driver.communicate(timeout=180)
+        said = {"code": driver.returncode, "out": out, "err": err}
+        yield {"table": runs_table(runs), "log": noted(folder), "before": before, "killed": set(killed), "folder": runs} | said
     finally:
         cluster.shutdown()
 
@@ -235,16 +264,12 @@ def test_23_results_and_one_named_failure(lost):
 
 
 def test_none_ran_twice(lost):
-    """What had ended before the driver was killed is not started again, and no run comes to its end twice; only what was under way when something
-    was killed starts again."""
-    log = lost["log"]
-    assert N // 2 <= len(lost["before"]) < N - 4
-    assert all(log[f"start {i}"] == 1 for i in lost["before"])
-    again = [i for i in range(N) if log[f"start {i}"] > 1]
-    assert all(log[f"end {i}"] == (i != 5) for i in range(N) if i not in again)
-    assert all((i != 5) <= log[f"end {i}"] <= 2 for i in again)  # 2: killed between its last cell and its record
-    assert lost["table"].starts.sum() > N  # something was lost, and started again
-    assert len(again) <= 3, again  # two under way with the driver, one on the node
+    "Each run comes to its end once. What was under way when something was killed starts again, and nothing else does."
+    log, killed = lost["log"], lost["killed"]
+    assert N // 2 <= len(lost["before"]) < N - 4 and len(killed) == 3 and not killed & lost["before"]
+    assert [log[f"start {i}"] for i in range(N)] == [1 + (i in killed) for i in range(N)]
+    assert [log[f"end {i}"] for i in range(N)] == [int(i != 5) for i in range(N)]
+    assert lost["table"].starts.sum() == N + 3
 
 
 def test_a_machine_too_small_is_refused(tmp_path):

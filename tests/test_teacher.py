@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +33,7 @@ STREAM = token_stream(TEXTS, TOKENIZER)
 SMALL = TeacherSettings(depth=1, vocab_size=len(TOKENIZER), dim=16, heads=2)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Tiny models are faster on one thread."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def weights(model):
@@ -316,16 +311,16 @@ def test_a_continued_training_ends_in_the_same_weights(tmp_path, words):
     lengths = lengths_of_steps(12, (16, 64), (0.5, 0.5), (0, 0.25))
     judge = HeldOut(STREAM, masking, (16, 64), tokens=256)
 
-    def run(folder, after=None):
+    def run(folder, after=None, prefetch=0):
         model = new_teacher(SMALL, tokenizer=TOKENIZER).model
         loss = mlm_loss(STREAM, masking, lengths, gaps=0.5)
-        fit(model, loss, STREAM.n_rows(16), options, validate=judge, better="min", run_dir=folder, after_step=after, progress=False)
+        fit(model, loss, STREAM.n_rows(16), replace(options, prefetch=prefetch), validate=judge, better="min", run_dir=folder, after_step=after, progress=False)
         return weights(model)
 
     whole = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "parts", stop_at(6))
-    assert torch.equal(run(tmp_path / "parts"), whole)
+    assert torch.equal(run(tmp_path / "parts", prefetch=2), whole)  # the rest with batches made ahead
     assert not torch.equal(whole, weights(new_teacher(SMALL, tokenizer=TOKENIZER).model))
 
 

@@ -20,7 +20,7 @@ from hiernb.errors import ArgumentError, FileFormatError, HiernbError, ShapeErro
 from hiernb.experiments import read_parameters
 from hiernb.totrm_evaluation import evaluate, load_totrm
 from hiernb.totrm_runs import TotrmRun
-from hiernb.totrm_training import SlotLoss, exact_and_cells, train_totrm
+from hiernb.totrm_training import SlotLoss, compile_model, exact_and_cells, train_totrm
 from hiernb.training.checkpoint import Checkpoints, MismatchError
 from hiernb.training.ema import EMA
 
@@ -205,9 +205,9 @@ def test_a_nan_ends_the_training_with_its_step(puzzles, monkeypatch):
 
 def test_the_average_of_a_compiled_model_is_plain(puzzles):
     model = TotrmRun(**SMALL).model(puzzles)
-    model.recursion.compile(backend="eager")
+    compile_model(model, backend="eager")
     average = EMA(model, 0.5)
-    assert average.module.recursion._compiled_call_impl is None
+    assert all(m._compiled_call_impl is None for m in average.module.modules()) and any(m._compiled_call_impl for m in model.modules())
     batch = puzzles.train.tensors(slice(4))
     slots, answer = model.step(model.initial_carry(batch), batch)
     assert answer.logits.shape == (4, 16, 6) and training.run_fingerprint(TotrmRun(compile=True), puzzles) == training.run_fingerprint(TotrmRun(), puzzles)

@@ -26,18 +26,14 @@ from hiernb.training.batches import EpochBatches
 from hiernb.training.checkpoint import Checkpoints, MismatchError, link_file
 from hiernb.training.history import read_log
 from hiernb.training.loop import TrainSettings, fit
+from hiernb.training.retrieval import PairVectors, tree_loss
+from hiernb.training.speed import BatchLoss, Feed
 from hiernb.training.state import NamedOptimizer, RandomState, flatten_state, unflatten_state
 
 CPU = dict(device="cpu", log_every=5)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Tiny models are faster on one thread."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def data():
@@ -609,3 +605,145 @@ def test_random_state_covers_every_generator():
     state = unflatten_state(*flatten_state(state))
     RandomState().load_state_dict(state)
     assert draw() == first
+
+
+# ---------------------------------------------------------------- compiled, prepared ahead
+
+
+class Recursive(torch.nn.Module):
+    """Never called itself: the loss calls `think`, which calls its body several times, once without gradients."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.body, self.head = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()), torch.nn.Linear(8, 2)
+        self.calls = []
+
+    def think(self, x):
+        with torch.no_grad():
+            x = x + self.body(x)
+        for _ in range(2):
+            x = x + self.body(x)
+        self.calls.append(self.body._compiled_call_impl is not None)
+        return self.head(x)
+
+
+def test_compiled_is_eager_to_rounding_and_leaves_the_model_as_it_was():
+    def think(model, positions, step):
+        return torch.nn.functional.cross_entropy(model.think(X[positions]), Y[positions]), {}
+
+    def validate(model):
+        assert model.body._compiled_call_impl is None  # as whoever uses the model later
+        return {"loss": torch.nn.functional.cross_entropy(model.think(X), Y)}
+
+    eager, compiled = Recursive(), Recursive()
+    for precision, tolerance in (("float32", 1e-5), ("bfloat16", 2e-2)):
+        s = {"steps": 12, "log_every": 1, "validate_every": 6, "precision": precision}
+        a = run(eager, loss=think, settings=s, validate=validate, better="min")
+        b = run(compiled, loss=think, settings=s | {"compile": "default"}, validate=validate, better="min")
+        np.testing.assert_allclose(a.curve("loss")[1], b.curve("loss")[1], atol=tolerance)
+        assert a.curve("loss")[1][-1] < a.curve("loss")[1][0]
+    assert not any(eager.calls) and sum(compiled.calls) == 2 * 11  # all but the first step, which is watched; no validation
+    assert [*compiled.state_dict()] == [*eager.state_dict()] and compiled.body._compiled_call_impl is None
+
+
+def test_a_compiled_run_goes_on_where_an_eager_one_stopped(tmp_path):
+    """How steps are made fast is housekeeping: a run may go on otherwise than it began."""
+    whole = run(net(p=0.0), settings={"steps": 20}, run_dir=tmp_path / "a")
+    short = net(p=0.0)
+
+    def stops(model, positions, step):
+        if step == 10:
+            raise KeyboardInterrupt
+        return loss(model, positions, step)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(short, loss=stops, settings={"steps": 20, "checkpoint_every": 5}, run_dir=tmp_path / "b")
+    rest = run(net(p=0.0), settings={"steps": 20, "checkpoint_every": 5, "compile": "default"}, run_dir=tmp_path / "b")
+    assert rest.resumed_from == 10
+    np.testing.assert_allclose(rest.curve("loss")[1], whole.curve("loss")[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("name, value, message", [("compile", "fast", "compile"), ("prefetch", -1, "prefetch"), ("prefetch", 1.5, "prefetch")])
+def test_bad_speed_settings(name, value, message):
+    with pytest.raises(ArgumentError, match=f"`{message}`"):
+        TrainSettings(**{name: value})
+
+
+def test_cuda_graphs_need_cuda(tmp_path):
+    with pytest.raises(ArgumentError, match="`compile`.*CUDA graphs need a CUDA device"):
+        run(settings={"compile": "reduce-overhead"}, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def of_batch(model, batch, step):
+    return torch.nn.functional.cross_entropy(model(batch["x"]), batch["y"]), {}
+
+
+@pytest.mark.parametrize("accumulation, ahead", [(1, 1), (3, 4)])
+def test_prefetched_batches_are_the_same_also_after_a_kill(tmp_path, accumulation, ahead):
+    seen = []
+
+    def batch(positions, step, stop=None):
+        seen.append(step)
+        if stop is not None and step == stop:
+            raise KeyboardInterrupt
+        return {"x": X[positions], "y": Y[positions]}
+
+    s = {"steps": 30, "checkpoint_every": 7, "accumulation": accumulation}
+    plain, ahead_of_time, resumed = net(), net(), net()
+    run(plain, loss=BatchLoss(batch, of_batch), settings=s)
+    inline, seen[:] = list(seen), []
+    run(ahead_of_time, loss=BatchLoss(batch, of_batch), settings=s | {"prefetch": ahead})
+    assert digest(plain) == digest(ahead_of_time) and seen == inline  # each once and in order, with dropout's random numbers untouched
+    with pytest.raises(KeyboardInterrupt):
+        run(net(), loss=BatchLoss(lambda p, t: batch(p, t, 17), of_batch), settings=s | {"prefetch": ahead}, run_dir=tmp_path)
+    again = run(resumed, loss=BatchLoss(batch, of_batch), settings=s | {"prefetch": ahead}, run_dir=tmp_path)
+    assert again.resumed_from in (14, 17) and digest(resumed) == digest(plain)
+
+
+def test_what_goes_wrong_in_the_other_thread_is_raised_here_and_the_thread_ends():
+    import threading
+
+    def batch(positions, step):
+        if step == 3:
+            raise OSError("the shelf is gone")
+        return {"x": X[positions], "y": Y[positions]}
+
+    with pytest.raises(OSError, match="the shelf is gone"):
+        run(loss=BatchLoss(batch, of_batch), settings={"prefetch": 2})
+    assert not any(t.name.startswith("prefetch") and t.is_alive() for t in threading.enumerate())
+
+
+def test_a_tree_on_token_states_with_prefetch():
+    """Where its batches come from the host, a system's own loss is in two halves."""
+    from hiernb.frozen import TokenStates
+    from hiernb.retreever.model import Retreever
+    from hiernb.retreever.schedule import ConstantSchedule
+
+    generator = torch.Generator().manual_seed(0)
+    states = [TokenStates(torch.randn(40, 6, 12, generator=generator), torch.ones(40, 6, dtype=torch.bool)) for _ in range(2)]
+    pairs = PairVectors(*states, torch.arange(40).repeat(2, 1).T.contiguous())
+    digests = []
+    for prefetch in (0, 2):
+        torch.manual_seed(0)
+        tree = Retreever(12, depth=3, split="cross-attention", split_settings={"heads": 2, "key_dim": 4, "embedding_dim": 4})
+        value = tree_loss(pairs, ConstantSchedule(3))
+        assert isinstance(value, BatchLoss)
+        run(tree, n=40, loss=value, settings={"steps": 6, "prefetch": prefetch})
+        digests.append(digest(tree))
+    assert digests[0] == digests[1]
+
+
+def test_memory_at_most_is_in_the_history():
+    before = run().peak_memory
+    block = torch.ones(60_000_000)
+    assert run().peak_memory - before > 150_000_000
+    del block
+
+
+def test_a_feed_stops_where_it_is_told():
+    made = []
+    feed = Feed(lambda t: made.append(t) or torch.tensor(t), 5, "cpu", end=3)
+    assert [feed(t).item() for t in range(3)] == [0, 1, 2] and made == [0, 1, 2]
+    feed.close()

@@ -64,7 +64,6 @@ class _Gathered:
 
     def __init__(self, front: torch.Tensor, blocks: tuple, first: int, last: int):
         self.parts = [[front, *blocks[i : i + 3]] for i in range(first, last)]
-        self.versions = [x._version for part in self.parts for x in part]
         self.tensor = self.copy(self.parts)
 
     @staticmethod
@@ -74,7 +73,8 @@ class _Gathered:
 
     def pack(self) -> Callable:
         "What is stored: a function that makes the copy again, and holds only views."
-        copy, parts, versions = self.copy, [[x.detach() for x in part] for part in self.parts], self.versions
+        copy, parts = self.copy, [[x.detach() for x in part] for part in self.parts]
+        versions = [x._version for part in parts for x in part]
 
         def again() -> torch.Tensor:
             if [x._version for part in parts for x in part] != versions:
@@ -92,6 +92,8 @@ def _blocks(x: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
 
 def _attend_blocks(q: torch.Tensor, keys: _Gathered, values: _Gathered, add: torch.Tensor) -> torch.Tensor:
     "One call; of the gathered keys and values, autograd keeps only how to make them."
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in (q, keys.tensor, values.tensor)):
+        return F.scaled_dot_product_attention(q, keys.tensor, values.tensor, attn_mask=add)
     recipes = {(x.tensor.data_ptr(), x.tensor.shape): x.pack() for x in (keys, values)}
     with torch.autograd.graph.saved_tensors_hooks(lambda x: recipes.get((x.data_ptr(), x.shape), x), lambda x: x() if callable(x) else x):
         return F.scaled_dot_product_attention(q, keys.tensor, values.tensor, attn_mask=add)

@@ -21,7 +21,7 @@ from ..errors import ArgumentError, DamagedFileError
 from ..files import _parse_header, atomic_write
 
 # %% ../../nbs/search/02_array_files.ipynb #b268f321
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: a cascade of bytes only
 _TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1"}
 _TYPES |= {"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1"}
 _NAMES = {np.dtype(v): k for k, v in _TYPES.items()}

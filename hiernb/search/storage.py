@@ -287,12 +287,14 @@ def save(
 # %% ../../nbs/search/03_storage.ipynb #be219864
 def _load_part(cls: type[AssignmentIndex], arrays: dict[str, np.ndarray], width: int, masses: str) -> Part:
     "A part from its arrays. Raises `ValueError`, `KeyError` or the like where they do not fit together."
+    if missing := [name for name in cls.structure if name not in arrays]:
+        raise ValueError(f"{', '.join(missing)} missing, as in files of an older version; build the index again")
     ids = {name: torch.from_numpy(arrays.pop(name).copy()) for name in [*arrays] if name.startswith("ids")}
     part = Part(ids_from_tensors(ids), width, arrays, arrays.pop("alive").copy())
     rows = arrays["rows"] if "rows" in arrays else arrays["row_masses"]
     n = len(rows) if "rows" in arrays else len(arrays["row_offsets"]) - 1
     sound = rows.dtype == MASSES[masses] and len(part.ids) == len(part.alive) == n > 0 and (part.ids[1:] > part.ids[:-1]).all()
-    sound = sound and (rows.ndim == 1 or rows.shape[1] == width) and all(name in arrays for name in cls.structure)
+    sound = sound and (rows.ndim == 1 or rows.shape[1] == width)
     if not sound:
         raise ValueError("ids, rows and structure are not of the same contexts")
     return part

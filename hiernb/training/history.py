@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..errors import FileFormatError, UnknownNameError
 from ..files import atomic_write
@@ -78,6 +79,7 @@ class History:
     step: int = 0  # steps done
     stopped_early: bool = False  # whether patience ran out
     resumed_from: int | None = None  # step at which this call continued an earlier run
+    peak_memory: int | None = field(default=None, repr=False)  # bytes: of tensors on a GPU; on a CPU of the process, as seen at lines of the log
 
     @property
     def names(self) -> list[str]:  # in order of first appearance
@@ -96,12 +98,14 @@ class History:
         found = [(r["step"], r[name]) for r in self.rows if name in r]
         return np.array([s for s, _ in found], dtype=np.int64), np.array([v for _, v in found], dtype=np.float64)
 
-    def frame(self) -> dict[str, np.ndarray]:  # "step" int64 and one float64 column per name, each [rows]
-        "All rows as columns, NaN where a row lacks the quantity."
-        return {"step": self.steps} | {k: np.array([r.get(k) for r in self.rows], dtype=np.float64) for k in self.names}
-
     def _repr_markdown_(self) -> str:
         return _summary(self)
+
+# %% ../../nbs/training/04_history.ipynb #5b04bb01
+@patch
+def frame(self: History) -> dict[str, np.ndarray]:  # "step" int64 and one float64 column per name, each [rows]
+    "All rows as columns, NaN where a row lacks the quantity."
+    return {"step": self.steps} | {k: np.array([r.get(k) for r in self.rows], dtype=np.float64) for k in self.names}
 
 # %% ../../nbs/training/04_history.ipynb #ce7da019
 def _summary(h: History) -> str:
