@@ -26,14 +26,15 @@ BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 
 # Name, command, and the folder that the command must leave as it is (None: it may write). Notebooks run one after the
 # other per core, so every process gets one thread.
+CLUSTERS = [f"tests/test_{name}.py" for name in ("distributed", "sharded", "sweeps")]
 CHECKS = [
     ("the package is what the notebooks export", ["nbdev_export"], "hiernb"),
     ("the notebooks are clean", ["nbdev_clean"], "nbs"),
     ("the README is what nbs/index.ipynb says", [sys.executable, "scripts/readme.py"], "README.md"),
     ("lint", ["ruff", "check", "."], None),
     ("the notebooks run (nbdev_test)", ["nbdev_test", "--n_workers", "2"], None),
-    ("pytest", ["pytest", "-q", "-n", "2", "tests", "--ignore", "tests/test_distributed.py"], None),
-    ("pytest of several processes, which need both cores", ["pytest", "-q", "tests/test_distributed.py"], None),
+    ("pytest", ["pytest", "-q", "-n", "2", "tests", *(f"--ignore={path}" for path in CLUSTERS)], None),
+    ("pytest of ranks and of clusters, which need both cores", ["pytest", "-q", *CLUSTERS], None),
     ("the site builds: no broken link, no error among the outputs", [sys.executable, "scripts/site.py"], None),
 ]
 

@@ -254,7 +254,8 @@ def test_a_saved_set_that_was_damaged_is_refused_by_name(tmp_path):
         read_puzzles(tmp_path / "s")
     tensors = {k: torch.from_numpy(np.ascontiguousarray(getattr(made.train, k))) for k in ("inputs", "labels", "groups", "difficulty", "origins")}
     inputs, labels, groups = (tensors[k] for k in ("inputs", "labels", "groups"))
-    for change in ({"inputs": inputs + 100}, {"inputs": inputs.float()}, {"labels": labels[:, :9]}, {"groups": groups[:3]}, {"more": groups + 0}):  # whole files
+    foreign = ({"inputs": inputs + 100}, {"inputs": inputs.float()}, {"labels": labels[:, :9]}, {"groups": groups[:3]}, {"more": groups + 0})
+    for change in foreign:  # whole files
         write_tensors(path, {k: v.contiguous() for k, v in (tensors | change).items()}, "puzzles")
         with pytest.raises(FileFormatError, match=re.escape(str(tmp_path))):
             read_puzzles(tmp_path / "s")

@@ -173,6 +173,20 @@ def tidy(text: str, limit: int) -> str:
     text = text.strip().encode("utf8", "replace").decode("utf8")
     return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
 
+# %% ../../nbs/explore/05_browser.ipynb #b07d5e02
+def _collect(model: SentenceModel, texts: Sequence[str], vectors: Any, block: int, top: int, terms: LeafCounts | None) -> tuple[np.ndarray, Examples]:
+    "Contexts of every leaf and examples of every node; the words of the contexts go to `terms`."
+    depth, done = model.depth, 0
+    leaves, examples = np.zeros(1 << depth, np.int64), Examples.empty(n_nodes(depth), top)
+    for part, assignments in assignment_blocks(model, texts, vectors, block):
+        nodes, masses = (x.numpy() for x in route(assignments))
+        leaf = nodes[:, -1] - n_splits(depth)
+        leaves += np.bincount(leaf, minlength=len(leaves))
+        examples.add(nodes, masses, done)
+        terms is None or terms.add(part, leaf)
+        done += len(part)
+    return leaves, examples
+
 # %% ../../nbs/explore/05_browser.ipynb #d29603ed
 @patch(cls_method=True)
 def build(
@@ -194,16 +208,9 @@ def build(
     check_not_empty("texts", texts), check_int("top", top, 1, 100), check_int("n_keywords", n_keywords, 1, 100), check_int("max_chars", max_chars, 2)
     if ids is not None and len(ids) != len(texts):
         raise ShapeError("ids", f"{len(ids)} ids", f"one for each of the {len(texts)} texts")
-    routes, depth, done = query_routes(model, queries), model.depth, 0
-    leaves, examples = np.zeros(1 << depth, np.int64), Examples.empty(n_nodes(depth), top)
+    routes, depth = query_routes(model, queries), model.depth
     terms = LeafCounts(texts, 1 << depth, sample) if topics is None else None
-    for part, assignments in assignment_blocks(model, texts, vectors, block):
-        nodes, masses = (x.numpy() for x in route(assignments))
-        leaf = nodes[:, -1] - n_splits(depth)
-        leaves += np.bincount(leaf, minlength=len(leaves))
-        examples.add(nodes, masses, done)
-        terms is None or terms.add(part, leaf)
-        done += len(part)
+    leaves, examples = _collect(model, texts, vectors, block, top, terms)
     given = [[str(word) for word in topics[i].keywords] if i in topics else [] for i in range(n_nodes(depth))] if terms is None else None
     words = terms.keywords(depth, n_keywords) if terms else [node[:n_keywords] for node in given]
     chosen = np.unique(examples.places[examples.places >= 0]).tolist()

@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 
 from ..errors import ArgumentError, RangeError, check_choice, check_int
-from .export import _batches, _stack, best_of, check_same_ids, rows_to_write
+from .export import EngineIndex, _batches, _stack, best_of, rows_to_write
 from .flat import _as_rows, _to_width
 
 # %% ../../nbs/search/14_export_pgvector.ipynb #905f560d
@@ -66,7 +66,7 @@ def _storable(argument: str, values: Sequence) -> None:
             raise ArgumentError(argument, value, "text that PostgreSQL can hold: no NUL characters, no unpaired surrogates")
 
 # %% ../../nbs/search/14_export_pgvector.ipynb #82c48710
-class PgvectorIndex:
+class PgvectorIndex(EngineIndex):
     "Assignments in a table of PostgreSQL with pgvector; make one with `PgvectorIndex.build`, or open one that is there."
 
     def __init__(
@@ -129,29 +129,16 @@ def _upsert(self: PgvectorIndex, rows: np.ndarray, ids: list, texts: list, batch
 
 # %% ../../nbs/search/14_export_pgvector.ipynb #7e17f46c
 @patch
-def add(
-    self: PgvectorIndex,
-    assignments: torch.Tensor | np.ndarray,  # [n, 2^D], of this tree's level or a finer one
-    ids: Sequence,  # n integers or strings; those that are there are replaced
-    texts: Sequence[str] | None = None,  # n texts
-    batch_size: int = 256,  # rows per round trip
-) -> None:
-    "Writes more contexts, in one transaction."
-    rows, ids, texts = rows_to_write(assignments, ids, texts)
+def _some_id(self: PgvectorIndex) -> int | str | None:
+    "An id that is there; None for an empty table."
     first = self.connection.execute(f"SELECT id FROM {self.name} LIMIT 1").fetchone()
-    check_same_ids(ids, first[0] if first else None)
-    self._upsert(_to_width("assignments", rows, self.width), ids, texts, batch_size)
+    return first[0] if first else None
 
 
 @patch
-def texts(
-    self: PgvectorIndex,
-    ids: Sequence,  # of some contexts
-) -> list[str | None]:  # in the same order; None where there is no text
-    "The texts that were written with the contexts."
-    ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
-    by_id = dict(self.connection.execute(f'SELECT id, "text" FROM {self.name} WHERE id = ANY(%s)', (ids,), prepare=False).fetchall())
-    return [by_id.get(i) for i in ids]
+def _texts_by_id(self: PgvectorIndex, ids: list) -> dict:
+    "The texts of those of the ids that are there."
+    return dict(self.connection.execute(f'SELECT id, "text" FROM {self.name} WHERE id = ANY(%s)', (ids,), prepare=False).fetchall())
 
 # %% ../../nbs/search/14_export_pgvector.ipynb #968f8daa
 @patch
