@@ -84,7 +84,7 @@ class Interaction(nn.Module):
         s = self.w1(h) + self.w2(u).transpose(1, 2) + (h * self.w3) @ u.transpose(1, 2)
         s = s.masked_fill(~asked[:, None], -1e4)
         seen = s.softmax(-1) @ u
-        marked = s.amax(-1).masked_fill(~mask, -1e4).softmax(-1)[:, None] @ h
+        marked = s.max(-1).values.masked_fill(~mask, -1e4).softmax(-1)[:, None] @ h
         near = F.normalize(states, dim=-1) @ F.normalize(question, dim=-1).transpose(1, 2)
         near = near.masked_fill(~asked[:, None], -1.0).amax(-1, keepdim=True)
         one = self.pool(u).masked_fill(~asked[..., None], -1e4).softmax(1).transpose(1, 2) @ u
@@ -166,7 +166,7 @@ def forward(
     y, question = _read_all(self, batch)
     w = self.by_question(question).unflatten(-1, (2, -1)) / y.shape[-1] ** 0.5
     scores = (self.plain(y) + torch.einsum("bpth,bkh->bptk", y, w)).float().masked_fill(~batch.answerable[..., None], float("-inf"))
-    top = y.masked_fill(~batch.mask[..., None], -1e4).amax((1, 2))
+    top = y.masked_fill(~batch.mask[..., None], -1e4).flatten(1, 2).max(1).values
     none = self.no_answer(torch.cat([top, question], -1)).float()
     logs = torch.cat([scores.flatten(1, 2), none[:, None]], 1).log_softmax(1)
     spans = logs[:, :-1].unflatten(1, batch.mask.shape[1:])
