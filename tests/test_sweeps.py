@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from hiernb.errors import ArgumentError, EmptyError, FileFormatError, HiernbError, UnknownNameError
 from hiernb.grids import Sweep, read_sweep, read_yaml, run_key
+from hiernb.ray_session import free_ports
 from hiernb.run_tables import read_run, runs_table
 from hiernb.sweeps import main, run_task, sweep
 
@@ -185,12 +185,6 @@ def alive(pid: int) -> bool:
         return False
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def lost(tmp_path_factory):
     """24 runs, one of which fails, on two nodes of one processor each. The driver is killed half-way and started again; then one node is
@@ -204,7 +198,8 @@ def lost(tmp_path_factory):
     grid.write_text(f"notebook: '{notebook}'\nfolder: {runs}\nparameters: {{bad: 5}}\ngrid: {{number: {list(range(N))}}}")
     def node():  # ports of its own: with free ones a node waits for its agent for a few seconds only, which a busy machine may need
         small = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
-        return small | {f"{name}_port": free_port() for name in ("metrics_agent", "metrics_export", "dashboard_agent_listen", "runtime_env_agent")}
+        names = ("metrics_agent", "metrics_export", "dashboard_agent_listen", "runtime_env_agent")
+        return small | {f"{name}_port": port for name, port in zip(names, free_ports(len(names)))}
 
     cluster = Cluster(initialize_head=True, head_node_args=node())
     try:

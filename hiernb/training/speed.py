@@ -76,9 +76,11 @@ def off(self: Compiler) -> Iterator[None]:
     "Everything as if nothing were compiled."
     kept = [part._compiled_call_impl for part in self.parts]
     self.close()
-    yield
-    for part, impl in zip(self.parts, kept):
-        part._compiled_call_impl = impl
+    try:
+        yield
+    finally:
+        for part, impl in zip(self.parts, kept):
+            part._compiled_call_impl = impl
 
 
 @patch
