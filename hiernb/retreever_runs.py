@@ -75,6 +75,8 @@ class RetreeverRun(TreeRun):
     precision: str = "float32"  # of training
     validate_every: int = 300  # steps
     patience: int | None = None  # validations without improvement before stopping
+    compile: str | None = None  # how torch compiles the tree in training: "default", "reduce-overhead" (CUDA graphs), or not at all
+    prefetch: int = 0  # batches prepared ahead by a thread
     seed: int = 0
     device: str = "auto"  # "auto", "cpu" or "cuda"
     run_dir: str = ""  # where the run is written, from the repository root; "": runs/<dataset>-depth<depth>-<hash of the parameters>
@@ -117,7 +119,7 @@ PAPER = {  # the parameters of the paper's own runs, as far as they are known (p
 
 # %% ../nbs/15_retreever_runs.ipynb #5150b66e
 def default_run_dir(settings: RetreeverRun) -> Path:
-    "runs/<dataset>-depth<depth>-<hash>, from the repository root; the device and the folder itself do not count."
+    "runs/<dataset>-depth<depth>-<hash>, from the repository root, as `place_of` names it."
     name = settings.dataset if isinstance(settings.dataset, str) else "+".join(Path(d).name for d in settings.dataset)
     return place_of(settings, f"{Path(name).name}-depth{settings.depth}")
 

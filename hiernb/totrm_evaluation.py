@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .data.puzzles import Puzzles, PuzzleSet
+from .data.boards import Puzzles
+from .data.puzzles import PuzzleSet
 from .errors import ArgumentError, FileFormatError, ShapeError, check_choice, check_int, check_not_empty
 from .files import from_root, read_json
 from .totrm.model import ToTRM, is_exact

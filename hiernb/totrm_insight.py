@@ -16,7 +16,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .data.puzzles import Puzzles, PuzzleSet
+from .data.boards import Puzzles
+from .data.puzzles import PuzzleSet
 from .errors import ArgumentError, check_not_empty, check_shape
 from .totrm.branch import branch_cosines
 from .totrm.mean_merges import LearnedWeightedMerge, MeanMerge, Merge

@@ -18,7 +18,8 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from .data.puzzle_sources import load_puzzles
-from .data.puzzles import Puzzles, PuzzleSet
+from .data.boards import Puzzles
+from .data.puzzles import PuzzleSet
 from .errors import ArgumentError, check_choice, check_int, check_not_empty
 from .experiments import Cell, cell_path, key_of, read_cell, write_cell
 from .studies import study_of

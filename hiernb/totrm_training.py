@@ -18,7 +18,8 @@ import torch
 from fastcore.basics import patch
 
 from .data.puzzle_sources import augmenter
-from .data.puzzles import Puzzles, PuzzleSet
+from .data.boards import Puzzles
+from .data.puzzles import PuzzleSet
 from .errors import ArgumentError, check_not_empty
 from .files import write_json
 from .totrm.model import ToTRM, totrm_loss

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from hiernb.errors import ArgumentError, EmptyError, NotFiniteError, ShapeError
-from hiernb.explore.browser import Examples, QueryRoute, TreeView, answer_query, browse, query_payload
+from hiernb.explore.browser import answer_query, browse, query_payload
+from hiernb.explore.node_contents import Examples, LeafCounts
+from hiernb.explore.tree_view import QueryRoute, TreeView
 from hiernb.retreever.model import Retreever
 from hiernb.tree import level_of, n_nodes, route, sum_up
 
@@ -104,8 +106,6 @@ def test_memory_does_not_grow_with_the_corpus():
 
 
 def test_sample_decides_the_words():
-    from hiernb.explore.browser import LeafCounts
-
     counts = LeafCounts(Endless(3000), 4, sample=100)
     assert 0 < len(counts.terms) <= 50 and counts.counts.nnz == 0
 
@@ -187,17 +187,109 @@ def settle(tab, act):
 
 
 BLOCKS = """(() => {
-    const chart = document.querySelector(".hb-chart").getBoundingClientRect();
-    const blocks = [...document.querySelectorAll(".hb-chart .slice")].map(e => [+e.__data__.data.data.id, e.querySelector("path"), e.getBoundingClientRect()]);
-    const seen = blocks.filter(([id, path, box]) => box.right <= chart.right + 4 && box.width > 10);
-    return seen.map(([id, path]) => ({id, stroke: path.style.stroke, fill: path.style.fill}));
-})()"""  # what can be seen: plotly.js keeps one more level outside of the frame
+    const chart = document.querySelector(".hb-chart").getBoundingClientRect(), share = (x, from, all) => (x - from - 2) / (all - 4);  // margins of 2 px
+    return [...document.querySelectorAll(".hb-chart .slice")].map(slice => {
+        const path = slice.querySelector("path"), box = path.getBoundingClientRect();
+        return {id: Number(slice.__data__.data.data.id), stroke: path.style.stroke, fill: path.style.fill,
+            left: share(box.left, chart.left, chart.width), top: share(box.top, chart.top, chart.height),
+            width: box.width / (chart.width - 4), height: box.height / (chart.height - 4)};
+    });
+})()"""
 
 
 def slice_of(tab, node: int):
     "The block of a node in the drawing."
     find = "node => [...document.querySelectorAll('.hb-chart .slice')].find(e => e.__data__.data.data.id === String(node))"
     return tab.evaluate_handle(find, node).as_element()
+
+
+def expected_blocks(view: TreeView, start: int, columns: int) -> dict[int, tuple[float, float, float, float]]:
+    "Place of every block, as shares of the drawing: (left, top, width, height), each below its elder sibling."
+    columns = min(columns, view.depth - int(level_of(start)) + 1)
+    found, row = {}, [(start, 0.0)]
+    for column in range(columns):
+        below = []
+        for node, top in row:
+            if view.sizes[node]:
+                found[node] = (column / columns, top, 1 / columns, view.sizes[node] / view.sizes[start])
+                below += [(2 * node + 1, top), (2 * node + 2, top + view.sizes[2 * node + 1] / view.sizes[start])] if column + 1 < columns else []
+        row = below
+    return found
+
+
+def expect_drawing(tab, view: TreeView, columns: int):
+    "Every block in sight and no other, each in its place."
+    want, got = expected_blocks(view, int(tab.get_attribute("main", "data-view")), columns), {b["id"]: b for b in tab.evaluate(BLOCKS)}
+    assert got.keys() == want.keys() and len(got) < 1 << columns
+    for node, place in want.items():
+        assert [got[node][name] for name in ("left", "top", "width", "height")] == pytest.approx(place, abs=0.003)
+
+
+WATCH_BLOCKS = """() => {
+    const chart = document.querySelector(".hb-chart"), count = () => { window.most = Math.max(window.most, chart.querySelectorAll(".slice").length); };
+    new MutationObserver(count).observe(chart, {subtree: true, childList: true});
+}"""
+
+
+@pytest.mark.parametrize("motion", ["reduce", "no-preference"])
+def test_blocks_lie_where_their_contexts_are(opened, motion):
+    "After zooming in and out as well, with and without sliding."
+    view, *_ = small_view(depth=10, n=3000)
+    tab = opened(view, reduced_motion=motion)
+    expect_drawing(tab, view, 4)
+    tab.evaluate(WATCH_BLOCKS)
+    deep = int(np.flatnonzero(view.sizes[7:15])[0]) + 7
+    for node in (2, None, deep, None):  # by a click, or back to the root
+        tab.evaluate("window.most = 0")
+        settle(tab, lambda node=node: slice_of(tab, node).click() if node else tab.click("nav button >> nth=0"))
+        expect_drawing(tab, view, 4)
+        moved = tab.evaluate("most") > tab.locator(".hb-chart .slice").count()  # while they slide, the old blocks are there as well
+        assert moved == (motion == "no-preference")
+    assert tab.evaluate("document.querySelectorAll('*').length") < 300  # of 2047 nodes
+    assert tab.evaluate("(chart => Plotly.validate(chart.data, chart.layout))(document.querySelector('.hb-chart'))") is None  # plotly.js knows every name
+
+
+def test_the_last_of_many_clicks_counts(opened):
+    view, *_ = small_view(depth=10, n=3000)
+    tab = opened(view, reduced_motion="no-preference")
+    settle(tab, lambda: tab.evaluate("for (const child of [0, 1, 0, 1]) document.querySelectorAll('.hb-kids button')[child].click()"))
+    tab.wait_for_function("() => document.querySelector('main').dataset.ready === '5'")
+    assert tab.get_attribute("main", "data-view") == "20"  # 0, 1, 4, 9, 20
+    expect_drawing(tab, view, 4)
+    settle(tab, lambda: slice_of(tab, 41).click())  # and a click is one click
+    assert tab.get_attribute("main", "data-ready") == "6" and tab.get_attribute("main", "data-view") == "41"
+
+
+def test_the_drawing_follows_the_window_and_the_scheme(opened):
+    view, *_ = small_view(depth=10, n=3000)
+    tab = opened(view, viewport={"width": 1600, "height": 900})
+    expect_drawing(tab, view, 5)
+    traced = tab.evaluate("document.querySelector('.hb-chart').data.map(trace => [trace.type, trace.ids.length])")
+    assert traced == [["icicle", int((view.sizes[:31] > 0).sum())]]  # one trace, and in it only what is drawn
+    before = {b["id"]: b["fill"] for b in tab.evaluate(BLOCKS)}
+    settle(tab, lambda: tab.set_viewport_size({"width": 500, "height": 900}))
+    expect_drawing(tab, view, 3)
+    settle(tab, lambda: tab.emulate_media(color_scheme="dark"))
+    after = {b["id"]: b["fill"] for b in tab.evaluate(BLOCKS)}
+    assert all(sum(map(int, after[i][4:-1].split(","))) < sum(map(int, before[i][4:-1].split(","))) for i in after)  # darker, every one
+
+
+def test_a_block_says_its_words(opened):
+    view, *_ = small_view()
+    tab = opened(view)
+    settle(tab, lambda: tab.select_option("select", label="the second query"))
+    for node in (0, 2):
+        slice_of(tab, node).hover()
+        facts = f"level {int(level_of(node))}, node {node}, {view.sizes[node]} contexts"
+        tab.wait_for_function("facts => document.querySelector('.hoverlayer')?.textContent.includes(facts)", arg=facts)
+        said = tab.locator(".hoverlayer .hovertext .line").all_text_contents()
+        assert said[:2] == [", ".join(view.keywords[node]), facts]
+        assert abs(float(said[2].removeprefix("probability ")) - view.queries[1].probabilities[node]) < 0.006
+        words, box = slice_of(tab, node).query_selector("text"), slice_of(tab, node).query_selector("path").bounding_box()
+        inside = words.bounding_box()
+        assert inside["height"] < box["height"] and inside["x"] + inside["width"] < box["x"] + box["width"]
+        lines = words.query_selector_all(".line") or [words]
+        assert ", ".join(line.text_content().strip() for line in lines) == ", ".join(view.keywords[node])
 
 
 def test_click_shows_the_contexts_of_a_node(opened):

@@ -16,7 +16,7 @@ from hiernb.search.flat import FlatIndex
 from hiernb.search.gpu import TorchIndex
 from hiernb.search.level_bounds import as_limit, block_bounds, choose_codes, narrow, nearest_limit, quantise, reach, refine, scan, write_keys
 from hiernb.search.levels import block_shapes, choose_levels, level_codes
-from hiernb.search.row_sums import STEPS, block_sums, byte_sum, half_sum, plain_byte_sum, plain_half_sum, unpack_halves
+from hiernb.search.row_sums import STEPS, byte_sum, half_sum, plain_byte_sum, plain_half_sum, row_bounds, unpack_halves
 from hiernb.search.storage import AssignmentIndex
 from hiernb.tree import product_down, sum_up
 
@@ -153,16 +153,17 @@ def test_kernels_at_the_ends_of_a_byte():
 def test_instructions_equal_the_plain_loops(seed, width, kind):
     rng = np.random.default_rng(seed)
     draw = {"any": lambda *s: rng.integers(0, 256, s), "ends": lambda *s: rng.choice([0, 255], s), "equal": lambda *s: np.full(s, rng.integers(256))}[kind]
-    rows, keys = draw(11, width).astype(np.uint8), draw(4, width).astype(np.uint8)
+    rows, keys = draw(80, width).astype(np.uint8), draw(4, width).astype(np.uint8)
     values, both = unpack_halves(rows).astype(int), np.concatenate([keys[0], keys[1]]).astype(int)
     wanted = np.abs(values - both).sum(1)
-    assert [half_sum(rows, i, keys[0], keys[1]) for i in range(11)] == [plain_half_sum(rows, i, keys[0], keys[1]) for i in range(11)] == wanted.tolist()
+    assert [half_sum(rows, i, keys[0], keys[1]) for i in range(80)] == [plain_half_sum(rows, i, keys[0], keys[1]) for i in range(80)] == wanted.tolist()
     by_bytes = np.abs(rows[:, None].astype(int) - keys).sum((1, 2)).tolist()
-    assert [byte_sum(rows, i, keys) for i in range(11)] == [plain_byte_sum(rows, i, keys) for i in range(11)] == by_bytes
-    start, end = sorted(rng.integers(0, 12, 2))
-    sums = np.empty(11, np.int64)
-    block_sums(rows, start, end, keys[0], keys[1], sums)
-    assert (sums[: end - start] == wanted[start:end]).all()
+    assert [byte_sum(rows, i, keys) for i in range(80)] == [plain_byte_sum(rows, i, keys) for i in range(80)] == by_bytes
+    slack, room, bounds = rng.integers(0, 2**16, 80).astype(np.uint16), np.empty(16, np.uint64), np.empty(64, np.int32)
+    for start, end in (sorted(rng.integers(0, 65, 2)), (0, 64), (16, 80)):
+        least = row_bounds(rows, slack, start, end, keys[0], keys[1], room, bounds)
+        assert (bounds[: end - start] == wanted[start:end] - slack[start:end]).all()
+        assert least == min(bounds[: end - start], default=2**30)
 
 
 @settings(max_examples=100, deadline=None)

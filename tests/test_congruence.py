@@ -10,17 +10,9 @@ from hypothesis import strategies as st
 
 from hiernb.baselines.clusters import ClusterTree
 from hiernb.errors import ArgumentError, HiernbError, ShapeError
-from hiernb.explore.congruence import (
-    NodeVectors,
-    context_congruence,
-    lca_means,
-    mantel,
-    mean_cosine,
-    node_congruence,
-    node_means,
-    node_vectors,
-    plot_congruence,
-)
+from hiernb.explore.congruence import context_congruence, node_congruence, plot_congruence
+from hiernb.explore.node_vectors import NodeVectors, node_means, node_vectors
+from hiernb.explore.pair_statistics import lca_means, mantel, mean_cosine
 from hiernb.retreever.model import Retreever
 from hiernb.tree import ancestor, distance, lca, level_of, n_splits, paths
 

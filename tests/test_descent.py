@@ -1,10 +1,12 @@
 """Beam descent: random contexts against a naive search, bad input, the drop-in, the summary cache, threads, forks, and the GPU kernels in the compiler."""
 
+import copy
 import importlib.util
 import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -136,6 +138,52 @@ def test_a_cache_grown_in_any_way_has_the_same_levels(n, stop, cuts, capacity, s
     if n >= 16:
         theirs = descent_attention(query, leaves, leaves, beam=8, budget=16, stop=stop, window=0)
         torch.testing.assert_close(cache.attend(query), theirs, atol=1e-5, rtol=1e-4)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 3), st.integers(0, 3), st.integers(1, 40), st.integers(0, 5), st.lists(st.integers(0, 20), max_size=8), st.integers(0, 2**31))
+def test_a_prepared_descent_follows_its_cache(groups, stop, capacity, window, cuts, seed):
+    g = torch.Generator().manual_seed(seed)
+    leaves = torch.randn(2, 2, 200, 4, generator=g)
+    cache = SummaryCache(beam=3, budget=window + (4 << stop), stop=stop, window=window, capacity=capacity)
+    for i, size in enumerate([1, *cuts]):
+        part = leaves[:, :, cache.n : cache.n + size]
+        cache.extend(part, part)
+        cache.append(leaves[:, :, i], leaves[:, :, i])
+        query = torch.randn(2, 2 * groups, 1 + i % 2, 4, generator=g)
+        for scale in (None, 2):
+            want = cache.attend(query, scale=scale, backend="torch")
+            torch.testing.assert_close(cache.attend(query, scale=scale), want, atol=1e-5, rtol=1e-4)
+        assert cache.n <= cache.budget or stop == 0 or cache._prepared[2] is not None
+    cache.n //= 2  # what comes next overwrites the second half
+    query = torch.randn(2, 2 * groups, 1, 4, generator=g)
+    if cache.n:
+        torch.testing.assert_close(cache.attend(query), cache.attend(query, backend="torch"), atol=1e-5, rtol=1e-4)
+
+
+def test_threads_share_a_cache():
+    torch.manual_seed(0)
+    leaves, queries = torch.randn(1, 3, 3000, 16), torch.randn(64, 1, 3, 1, 16)
+    cache = SummaryCache(beam=8, budget=64, stop=2, window=16).extend(leaves, leaves)
+    want = [cache.attend(q) for q in queries]
+    with ThreadPoolExecutor(4) as pool:
+        for q_and_out in zip(want, pool.map(cache.attend, queries), strict=True):
+            assert torch.equal(*q_and_out)
+
+
+def test_a_copy_of_a_cache_reads_its_own_buffers():
+    torch.manual_seed(0)
+    leaves, query = torch.randn(1, 2, 500, 8), torch.randn(1, 2, 1, 8)
+    cache = SummaryCache(beam=8, budget=32, stop=1, window=0).extend(leaves, leaves)
+    want, other = cache.attend(query), copy.deepcopy(cache)
+    other.values.mul_(2)
+    other.nodes.neg_()
+    assert cache.attend(query).equal(want)
+    moved = other.attend(query)
+    torch.testing.assert_close(moved, other.attend(query, backend="torch"))
+    assert not torch.allclose(moved, 2 * want)  # it went down other summaries
+    del cache
+    assert other.attend(query).equal(moved)
 
 
 def test_a_token_changes_one_summary_a_level():
@@ -283,6 +331,12 @@ def test_tensors_with_any_strides():
     torch.testing.assert_close(descent_attention(q, k, k, beam=4, budget=16, stop=1, window=4, backend="numba"), want)
     with pytest.raises(ArgumentError, match="side by side"):
         descend([q.mT.contiguous().mT] * 8, mean_levels(k), beam=4, budget=8, backend="numba")
+    cache = SummaryCache(beam=4, budget=16, stop=1, window=4).extend(k, k)
+    across, plain = q.mT.contiguous().mT, q.contiguous()  # numbers of a row apart, and side by side
+    torch.testing.assert_close(cache.attend(across, backend="torch"), cache.attend(plain))
+    torch.testing.assert_close(cache.attend(q), cache.attend(plain))
+    with pytest.raises(ArgumentError, match="side by side"):
+        cache.attend(across)
 
 
 def test_any_number_of_threads():

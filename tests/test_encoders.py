@@ -65,7 +65,7 @@ CHILD = """
 import sys, time
 from hiernb.encoders import load_encoder
 from hiernb.vector_cache import VectorCache
-VectorCache.shard_rows = 20
+VectorCache.shard_rows, VectorCache.shard_seconds = 20, 3600  # by rows alone, however slow the machine
 texts = open(sys.argv[3], encoding="utf8").read().splitlines()
 encoder = load_encoder(sys.argv[1], cache=sys.argv[2], precision="float32", batch_tokens=200)
 put = VectorCache.put
@@ -114,6 +114,14 @@ def test_two_processes_share_a_cache(tiny, tmp_path, load):
     assert encoder.n_run == 0
     torch.testing.assert_close(vectors, load(cache=False).encode(TEXTS, progress=False), atol=1e-5, rtol=0)
     assert not list((tmp_path / "cache").glob("*/.*.tmp"))
+
+
+def test_a_shard_is_written_when_its_time_is_over(tmp_path, monkeypatch):
+    for seconds, n_files in ((3600, 0), (-1, 1)):
+        monkeypatch.setattr(VectorCache, "shard_seconds", seconds)
+        VectorCache(tmp_path, {"m": 1}).put([text_key("a")], [torch.ones(1, 4)])
+        assert len(shards(tmp_path)) == n_files
+    assert torch.equal(VectorCache(tmp_path, {"m": 1}).get([text_key("a")])[0], torch.ones(1, 4))
 
 
 def test_threads_on_one_folder(tmp_path):

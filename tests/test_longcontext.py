@@ -19,7 +19,7 @@ from hiernb.data.long_qa import find_quoted, prepare_hotpot, prepare_longbench, 
 from hiernb.data.long_sources import HubLong, load_long
 from hiernb.data.longcontext import LongContext, token_spans, tokenize_with_offsets, with_question
 from hiernb.data.needle import KINDS, NeedleTask
-from hiernb.data.packing import GAP, Ruler, assemble, distractor_positions, names_answer, pack, qa_contexts
+from hiernb.data.packing import GAP, Ruler, assemble, distractor_positions, names_answer, qa_contexts
 from hiernb.data.pairs import make_pairs, read_pairs
 from hiernb.data.text import load_text
 from hiernb.errors import ArgumentError, DamagedFileError, EmptyError, FileFormatError, RangeError
@@ -117,27 +117,6 @@ def test_slow_tokenizers_and_bad_items_are_refused():
 
 
 # ---- packing -------------------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=12), st.integers(2, 30), st.booleans(), st.sampled_from([None, 3]), st.sampled_from([None, 1, 2]))
-@settings(max_examples=120, deadline=None)
-def test_pack_as_the_naive_rule_says(sizes, length, across, separator, max_rows):
-    documents = [" ".join(WORDS[(i + j) % 15] for j in range(n)) for i, n in enumerate(sizes)]
-    tokens = [WP.encode(d, add_special_tokens=False).ids + ([separator] if separator else []) for d in documents]
-    if across:
-        stream = [(t, n) for n, ids in enumerate(tokens) for t in ids]
-        rows = [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
-    else:
-        rows = [[(t, n) for t in ids[i : i + length]] for n, ids in enumerate(tokens) for i in range(0, len(ids) - length + 1, length)]
-    rows = rows[:max_rows]
-    if not rows:
-        with pytest.raises(EmptyError):
-            pack(documents, WP, length, separator, across, max_rows)
-        return
-    made = pack(iter(documents), WP, length, separator, across, max_rows)
-    assert made.ids.tolist() == [[t for t, _ in r] for r in rows] and made.documents.tolist() == [[n for _, n in r] for r in rows]
-    for i in range(len(made)):
-        assert all(len(set(made.documents[i, a:b].tolist())) == 1 for a, b in made.boundaries(i)) and (across or len(made.boundaries(i)) == 1)
 
 
 @given(st.lists(st.text(st.sampled_from("ab cd.\n"), max_size=20), min_size=1, max_size=8), st.integers(0, 20))

@@ -20,12 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hiernb.data.arc import ArcCopy, ArcTask, draw_copy, flatten_grid, make_arc, parse_copy, read_arc, unflatten_grid, vote_arc
+from hiernb.data.boards import Puzzles
 from hiernb.data.cube import N_STATES, cube_distances, move_states, solve_cube
 from hiernb.data.dihedral import augment_dihedral, canonical_dihedral
 from hiernb.data.maze import generate_mazes, make_maze, solve_maze
 from hiernb.data.puzzle_sources import GENERATED, augmenter, load_puzzles
 from hiernb.data.puzzle_splits import split_by_key
-from hiernb.data.puzzles import Puzzles, PuzzleSet, read_puzzles
+from hiernb.data.puzzles import PuzzleSet, read_puzzles
 from hiernb.data.rubik import apply_answer, canonical_cube, cube_states, cube_stickers, make_rubik
 from hiernb.data.sudoku import generate_sudoku, make_sudoku
 from hiernb.data.sudoku_files import leaked, load_sudoku_extreme, read_sudoku_folder, read_sudoku_lines, read_sudoku_table

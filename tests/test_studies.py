@@ -13,6 +13,7 @@ import pytest
 from hiernb.claims import ask, record
 from hiernb.errors import FileFormatError, UnknownNameError
 from hiernb.experiments import Cell
+from hiernb.files import from_root
 from hiernb.studies import Method, Study, measure, open_problem, run_study
 
 SMALL = dict(seeds=[0, 1], max_pairs=200, max_queries=40, max_length=32, depth=4, steps=20, batch_size=32, tree_lrs=[0.02], baseline_lrs=[1e-3], device="cpu")
@@ -83,3 +84,9 @@ def test_a_record_names_data_sets_and_no_folders(tmp_path):
     study = Study(datasets=["pydocs", str(tmp_path / "mine"), [str(tmp_path / "x"), "nq"]])
     path = record("in-test-paths", "title", study, [cell("a", [1, 0])])
     assert json.loads(path.read_text())["setting"]["datasets"] == ["pydocs", "mine", ["x", "nq"]]
+
+
+def test_no_record_is_of_the_size_of_a_test():
+    records = sorted(from_root("data/results").glob("*.json"))
+    assert len(records) > 20
+    assert not [path.name for path in records if "in-test" in path.read_text(encoding="utf8")]

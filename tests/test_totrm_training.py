@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import hiernb.totrm_training as training
+from hiernb.data.boards import Puzzles
 from hiernb.data.puzzle_sources import load_puzzles
-from hiernb.data.puzzles import Puzzles, PuzzleSet
+from hiernb.data.puzzles import PuzzleSet
 from hiernb.errors import ArgumentError, FileFormatError, HiernbError, ShapeError
 from hiernb.experiments import read_parameters
 from hiernb.totrm_evaluation import evaluate, load_totrm

@@ -7,7 +7,7 @@ __all__ = ['SummaryCache']
 
 # %% ../../nbs/mergers/15_summary_cache.ipynb #fbc84a1b
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -41,7 +41,12 @@ class SummaryCache(SummaryStore):
         check_int("stop", stop, 0, min(merger.max_levels, student.max_levels) if merger and student else 62)
         plan_descent(1 << 62, 62, beam, budget, stop, window)
         self.beam, self.budget, self.stop, self.window = beam, budget, stop, window
+        self._rows, self._prepared = None, (None, 1, None)
         super().__init__(stop if merger else max(stop, 1), merger, student, capacity, check)
+
+    def __getstate__(self) -> dict:
+        "A copy of a cache has buffers of its own: what holds addresses stays behind."
+        return self.__dict__ | {"_rows": None, "_prepared": (None, 1, None)}
 
 # %% ../../nbs/mergers/15_summary_cache.ipynb #6a2cfba8
 @patch
@@ -66,12 +71,39 @@ def queries(
     if x is None or x.ndim != 3 or len(x) != len(query) or query.shape[2] % max(x.shape[1], 1):
         raise ArgumentError("x", x if x is None else f"shape {list(x.shape)}", "hidden states [B, Q, dim] for the student's queries")
     place, groups = torch.arange(self.n - x.shape[1], self.n, device=x.device), query.shape[2] // x.shape[1]
-    asked = [self.student.query(x, level, place).to(self.nodes.dtype) for level in range(plan.stop, plan.start + 1)]
+    with torch.no_grad():
+        asked = [self.student.query(x, level, place).to(self.nodes.dtype) for level in range(plan.stop, plan.start + 1)]
     return [None] * plan.stop + [q.repeat(1, 1, groups, 1) if groups > 1 else q for q in asked]
 
-# %% ../../nbs/mergers/15_summary_cache.ipynb #684beaeb
+# %% ../../nbs/mergers/15_summary_cache.ipynb #a96906b0
 @patch
-@torch.no_grad()
+def _prepare(
+    self: SummaryCache,
+    query: torch.Tensor,  # [B, H, Q, d]
+) -> tuple[tuple, int, Callable | None]:  # what it is for, query heads for a head of the keys, a descent for such queries where there is a kernel
+    "Checks such a query, and prepares what all of its kind share. Raises `RangeError` or `ShapeError`."
+    if self.n == 0:
+        raise RangeError("n", 0, "a cache with at least one leaf")
+    if query.ndim != 4 or (query.shape[0], query.shape[-1]) != (self.keys.shape[0], self.keys.shape[-1]):
+        raise ShapeError("query", f"shape {list(query.shape)}", f"[{self.keys.shape[0]}, H, Q, {self.keys.shape[-1]}]")
+    plan, folded, descent = self.plan(), fold_groups(query, self.keys.shape[1]), None
+    kinds = {query.dtype, self.keys.dtype, self.nodes.dtype, self.values.dtype}
+    if self.n > self.budget and plan.stop >= self.low and choose_backend("auto", query.device, kinds) == "numba":
+        from hiernb.mergers.descent_numba import PreparedDescent
+
+        descent = PreparedDescent(plan, self.rows(), folded, self.keys, self.values)
+    form = None if torch.compiler.is_compiling() else self._form(query)  # what a compiler sees is not what the next call gets
+    return form, query.shape[1] // max(self.keys.shape[1], 1), descent
+
+
+@patch
+def _form(self: SummaryCache, query: torch.Tensor) -> tuple:
+    "All that a prepared descent depends on, apart from the length: buffers move with a new layout only."
+    many = (self.n > 0) + (self.n > self.budget)  # none, a few, or more than the budget
+    return self.layout, many, self.beam, self.budget, self.stop, self.window, query.shape, query.dtype, query.is_cpu
+
+# %% ../../nbs/mergers/15_summary_cache.ipynb #813d0291
+@patch
 def attend(
     self: SummaryCache,
     query: torch.Tensor,  # [B, H, Q, d]; H a multiple of the keys' heads
@@ -81,24 +113,34 @@ def attend(
     backend: str = "auto",  # "auto", "torch", "numba" or "triton"
 ) -> torch.Tensor:  # [B, H, Q, d_v]
     "Attention over what a descent selects. Raises `RangeError` for an empty cache."
-    if self.n == 0:
-        raise RangeError("n", 0, "a cache with at least one leaf")
-    if query.ndim != 4 or (query.shape[0], query.shape[-1]) != (self.keys.shape[0], self.keys.shape[-1]):
-        raise ShapeError("query", f"shape {list(query.shape)}", f"[{self.keys.shape[0]}, H, Q, {self.keys.shape[-1]}]")
-    heads, count = self.keys.shape[1], query.shape[2]
-    groups, scale = query.shape[1] // heads, 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    folded = query if groups == 1 else fold_groups(query, heads)
-    keys, values = self.keys[:, :, : self.n], self.values[:, :, : self.n]
-    lengths = lengths if lengths is None or lengths.ndim == 1 else lengths.repeat(1, groups)
-    if self.n > self.budget:
-        out, _ = self.select(folded, x, lengths, backend, (folded, keys, values, scale))
-    elif lengths is None:
-        out = F.scaled_dot_product_attention(folded, keys, values, scale=scale)
+    prepared = self._prepared
+    if prepared[0] != self._form(query):
+        prepared = self._prepared = self._prepare(query)
+    _, groups, descent = prepared
+    folded = query if groups == 1 else fold_groups(query, self.keys.shape[1])
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if descent and lengths is None and backend in ("auto", "numba") and not torch.compiler.is_compiling():
+        if descent.plan.n != self.n:
+            descent.follow(self.plan())
+        out = descent(folded, self.queries(folded, x, descent.plan), scale)
     else:
-        leaves = torch.arange(self.n, device=query.device).expand(*folded.shape[:3], -1)
-        seen = lengths.view(len(lengths), 1, -1, 1).to(query.device)
-        out = over_leaves(folded, keys, values, leaves, (leaves < seen), scale, backend)
-    return out if groups == 1 else out.unflatten(2, (groups, count)).flatten(1, 2)
+        lengths = lengths if lengths is None or lengths.ndim == 1 else lengths.repeat(1, groups)
+        out = self._attend(folded, x, scale, lengths, backend)
+    return out if groups == 1 else out.unflatten(2, (groups, query.shape[2])).flatten(1, 2)
+
+# %% ../../nbs/mergers/15_summary_cache.ipynb #5267e207
+@patch
+@torch.no_grad()
+def _attend(self: SummaryCache, query: torch.Tensor, x, scale: float, lengths, backend: str) -> torch.Tensor:  # [B, H, Q, d_v]
+    "Attention of folded queries, for all cases."
+    keys, values = self.keys[:, :, : self.n], self.values[:, :, : self.n]
+    if self.n > self.budget:
+        return self.select(query, x, lengths, backend, (query, keys, values, scale))[0]
+    if lengths is None:
+        return F.scaled_dot_product_attention(query, keys, values, scale=scale)
+    leaves = torch.arange(self.n, device=query.device).expand(*query.shape[:3], -1)
+    seen = lengths.view(len(lengths), 1, -1, 1).to(query.device)
+    return over_leaves(query, keys, values, leaves, leaves < seen, scale, backend)
 
 # %% ../../nbs/mergers/15_summary_cache.ipynb #840e24bf
 @patch
@@ -121,7 +163,7 @@ def select(
 
 @patch
 def rows(self: SummaryCache) -> np.ndarray:  # int64 [levels, 16]
-    "Addresses of all levels for the CPU kernel."
+    "Addresses of all levels for the CPU kernel, which change only when the cache moves."
     if self._rows is None:
         from hiernb.mergers.descent_numba import level_rows
 

@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from ..errors import ArgumentError, NotFiniteError, ShapeError, check_int
 from .levels import n_levels
 from .merger import Merger
+from .native import on_large_pages
 from .student import Student
 
 # %% ../../nbs/mergers/14_summary_store.ipynb #90ad295f
@@ -109,8 +110,8 @@ def _reserve(self: SummaryStore, n: int, keys: torch.Tensor, values: torch.Tenso
     new = Layout(max(self.room, 1 << n_levels(n)), self.low, self.top)
     old, width = self.layout, self.student.d_k if self.student else keys.shape[-1]
     heads = self.student.heads if self.student else keys.shape[1]
-    k, v = (x.new_empty(*x.shape[:2], new.capacity, x.shape[3]) for x in (keys, values))
-    nodes = keys.new_empty(keys.shape[0], heads, new.total, width)
+    k, v = (on_large_pages(x.new_empty(*x.shape[:2], new.capacity, x.shape[3])) for x in (keys, values))
+    nodes = on_large_pages(keys.new_empty(keys.shape[0], heads, new.total, width))
     if old:
         k[:, :, : self.n], v[:, :, : self.n] = self.keys[:, :, : self.n], self.values[:, :, : self.n]
         for level in range(self.low, old.top + 1):

@@ -18,7 +18,8 @@ import torch
 import transformers
 from fastcore.basics import patch
 
-from ..encoders import Encoder, check_device
+from ..encoder_settings import check_device
+from ..encoders import Encoder
 from ..errors import ArgumentError, HiernbError, RangeError, check_choice, check_int, check_not_empty
 from ..files import from_root
 from .passages import Passage

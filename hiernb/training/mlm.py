@@ -200,6 +200,8 @@ class TeacherRun(TeacherTask):
     decay: str = "linear"  # learning rate after the warm-up
     clip: float = 1.0  # gradient norm
     precision: str = "auto"  # of the forward pass; "auto": whichever is faster here
+    compile: str | None = None  # how torch compiles the teacher: "default", "reduce-overhead" (CUDA graphs), or not at all
+    prefetch: int = 0  # batches prepared ahead by a thread
     validate_every: int = 300  # steps
     held_out: int = 16384  # tokens to validate on
     tested: int = 32768  # tokens to test on at the end
