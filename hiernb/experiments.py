@@ -80,7 +80,7 @@ def place_of(
     name: str,  # of the folder, before the hash
 ) -> Path:
     "runs/<name>-<hash of the parameters>, or `run_dir`, from the repository root; how fast the run is, where it runs and is written do not count."
-    values = {k: v for k, v in asdict(run).items() if k not in ("device", "compile", "prefetch", "run_dir")}
+    values = {k: v for k, v in asdict(run).items() if k not in ("device", "compile", "run_dir")}
     return from_root(run.run_dir or f"runs/{name}-{key_of(values, 8)}")
 
 # %% ../nbs/14_experiments.ipynb #2594e21f

@@ -76,7 +76,6 @@ class RetreeverRun(TreeRun):
     validate_every: int = 300  # steps
     patience: int | None = None  # validations without improvement before stopping
     compile: str | None = None  # how torch compiles the tree in training: "default", "reduce-overhead" (CUDA graphs), or not at all
-    prefetch: int = 0  # batches prepared ahead by a thread
     seed: int = 0
     device: str = "auto"  # "auto", "cpu" or "cuda"
     run_dir: str = ""  # where the run is written, from the repository root; "": runs/<dataset>-depth<depth>-<hash of the parameters>

@@ -164,7 +164,7 @@ def cell_key(problem: Problem, study: Study, method: Method, seed: int) -> str:
     budget = {k: v for k, v in asdict(study).items() if k not in ("datasets", "seeds", "cells", "record", "device")}
     chosen = method.settings
     if method.kind in ("tree", "no-tree"):  # with the defaults: a better default is another cell
-        chosen = {k: v for k, v in asdict(tree_run(study, method)).items() if k not in ("dataset", "device", "compile", "prefetch", "run_dir", "baseline_lrs")}
+        chosen = {k: v for k, v in asdict(tree_run(study, method)).items() if k not in ("dataset", "device", "compile", "run_dir", "baseline_lrs")}
     facts = [problem.pairs.fingerprint, problem.encoder.fingerprint, method.kind, chosen, budget, seed, study.seeds[0]]
     facts += [problem.changes] if problem.changes else []
     facts += [list(method.rates)] if method.rates else []
