@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import random
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from hiernb.retreever.schedule import SCHEDULES, make_schedule
 from hiernb.retreever.split import calibrate
 
 TRAIN = """
-import sys, torch
+import os, signal, sys, torch
 from hiernb.retreever.model import Retreever
 from hiernb.retreever.schedule import make_schedule
 from hiernb.retreever.split import calibrate
@@ -33,8 +31,13 @@ pairs = PairVectors(queries, contexts, torch.arange(400)[:, None].expand(-1, 2))
 torch.manual_seed(0)
 model = Retreever(dim=32, depth=6)
 calibrate(model.split, contexts)
-settings = TrainSettings(steps=1200, batch_size=64, lr=1e-2, validate_every=200, checkpoint_every=50, log_every=10, device="cpu")
-fit(model, tree_loss(pairs, make_schedule("stochastic", 6, 1200)), 400, settings, validate=validator(pairs), run_dir=sys.argv[1], progress=False)
+settings = TrainSettings(steps=400, batch_size=64, lr=1e-2, validate_every=100, checkpoint_every=20, log_every=10, device="cpu")
+loss, last = tree_loss(pairs, make_schedule("stochastic", 6, 400)), int(sys.argv[2])
+def deadly(model, positions, step):
+    if step == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss(model, positions, step)
+fit(model, deadly, 400, settings, validate=validator(pairs), run_dir=sys.argv[1], progress=False)
 model.save_pretrained(sys.argv[1])
 """
 
@@ -44,24 +47,18 @@ def weights(folder) -> str:
 
 
 def test_killed_in_training_and_started_again_gives_the_same_weights(tmp_path):
-    start = time.monotonic()
-    subprocess.run([sys.executable, "-c", TRAIN, str(tmp_path / "whole")], check=True)
-    whole, rng, kills = time.monotonic() - start, random.Random(0), 0
-    log = tmp_path / "killed" / "log.jsonl"
-    while not (tmp_path / "killed" / "model.safetensors").exists():
-        process = subprocess.Popen([sys.executable, "-c", TRAIN, str(tmp_path / "killed")])
-        seen = log.stat().st_size if log.exists() else 0
-        while process.poll() is None and (not log.exists() or log.stat().st_size <= seen):
-            time.sleep(0.01)
-        if kills < 3:
-            time.sleep(rng.uniform(0.1, 0.5) * min(whole, 3.0))
-            process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-        assert process.returncode in (0, -signal.SIGKILL)
-    assert kills >= 2
+    def run(folder, last):  # killed in step `last`
+        return subprocess.run([sys.executable, "-c", TRAIN, str(tmp_path / folder), str(last)]).returncode
+
+    assert run("whole", -1) == 0
+    for last in (7, 133, 381):  # before the first checkpoint, between two, near the end
+        assert run("killed", last) == -signal.SIGKILL
+        assert not (tmp_path / "killed" / "model.safetensors").exists()
+    assert run("killed", -1) == 0
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
-    steps = [row["step"] for row in map(json.loads, log.read_text().splitlines()) if "loss" in row]
-    assert steps == sorted(set(steps)) and steps[-1] == 1200  # no step stands twice in the log
+    rows = [json.loads(line) for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if "loss" in row]
+    assert steps == sorted(set(steps)) and steps[-1] == 400  # no step stands twice in the log
 
 
 @pytest.mark.parametrize("depth", [1, 2, 7, 12, 16])

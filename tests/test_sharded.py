@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import numpy as np
@@ -172,8 +173,16 @@ def test_the_texts_of_a_corpus_are_not_kept_unless_asked(tmp_path, monkeypatch):
 def test_a_killed_run_goes_on_with_what_is_missing(tmp_path):
     write_vectors(tmp_path / "in", n=3000)
     Retreever(12, depth=8, spread=3.0).save_pretrained(tmp_path / "model")
-    code = "import sys; from hiernb.streaming import assign_corpus; assign_corpus(*sys.argv[1:4], rows=50, batch_size=10, progress=False)"
-    process = subprocess.Popen([sys.executable, "-c", code, *(str(tmp_path / n) for n in ("in", "model", "out"))], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    code = """
+        import sys, time
+        from hiernb.retreever.model import Retreever
+        from hiernb.streaming import assign_corpus
+        represent = Retreever.represent
+        Retreever.represent = lambda *args: time.sleep(0.01) or represent(*args)  # 50 ms a shard: the kill comes long before the end
+        assign_corpus(*sys.argv[1:4], rows=50, batch_size=10, progress=False)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), *(str(tmp_path / n) for n in ("in", "model", "out"))]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     while len([*(tmp_path / "out").glob("*.parquet")]) < 5:
         assert process.poll() is None
         time.sleep(0.01)

@@ -6,8 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,26 +76,34 @@ def test_a_stopped_run_continues_bit_for_bit(kind, puzzles, tmp_path, monkeypatc
     assert [r["ce"] for r in history.rows if "ce" in r] == [r["ce"] for r in second.rows if "ce" in r]
 
 
+KILLED = """
+import os, signal, sys
+from hiernb.totrm_runs import TotrmRun
+from hiernb.totrm_training import SlotLoss, train_totrm
+call, last = SlotLoss.__call__, int(sys.argv[3])
+def deadly(self, model, positions, at):
+    if at == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return call(self, model, positions, at)
+SlotLoss.__call__ = deadly
+run = TotrmRun(**eval(sys.argv[2]))
+train_totrm(run, run.puzzles(), sys.argv[1], progress=False)[0].save_pretrained(sys.argv[1])
+"""
+
+
 def test_a_killed_process_continues_bit_for_bit(tmp_path):
-    code = (
-        "import sys; from hiernb.totrm_runs import TotrmRun; from hiernb.totrm_training import train_totrm\n"
-        f"run = TotrmRun(**{dict(SMALL, steps=60, checkpoint_every=3, validate_every=1000)!r})\n"
-        "train_totrm(run, run.puzzles(), sys.argv[1], progress=False)[0].save_pretrained(sys.argv[1])"
-    )
+    settings = repr(dict(SMALL, steps=60, checkpoint_every=3, validate_every=1000))
     environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
-    def start(folder: Path):
-        return subprocess.Popen([sys.executable, "-c", code, str(folder)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    def start(folder: str, last: int):  # killed in step `last`
+        command = [sys.executable, "-c", KILLED, str(tmp_path / folder), settings, str(last)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
-    broken, whole = start(tmp_path / "broken"), start(tmp_path / "whole")
-    deadline = time.monotonic() + 240
-    while not list((tmp_path / "broken").glob("checkpoints/step-*.safetensors")) and broken.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    broken.send_signal(signal.SIGKILL)
-    assert broken.wait() == -signal.SIGKILL, broken.stderr.read().decode()[-2000:]
+    broken, whole = start("broken", 20), start("whole", -1)
+    assert broken.wait(timeout=240) == -signal.SIGKILL, broken.stderr.read().decode()[-2000:]
     assert not (tmp_path / "broken" / "model.safetensors").exists()
     early, _ = load_totrm(tmp_path / "broken")  # the newest checkpoint can be evaluated
-    resumed = start(tmp_path / "broken")
+    resumed = start("broken", -1)
     for process in (whole, resumed):
         assert process.wait(timeout=240) == 0, process.stderr.read().decode()[-2000:]
     a, b = (load_totrm(tmp_path / name)[0] for name in ("whole", "broken"))
