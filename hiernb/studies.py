@@ -28,7 +28,7 @@ from .retreever.split import SPLITS
 from .retreever_runs import RetreeverRun
 from .sentences import WrappedModel
 from .training.optim import TrainSettings
-from .training.problems import Fitted, Problem, judge, train, tree_facts
+from .training.problems import Fitted, Problem, Together, judge, train, tree_facts
 from .training.retrieval import adapter_loss
 
 # %% ../nbs/16_studies.ipynb #0d6604be
@@ -88,10 +88,13 @@ def open_problem(
     study: Study,
     **encoder: Any,  # settings of the encoder that differ from the study's
 ) -> Problem:
-    "Loads a data set and its encoder."
-    pairs = load_pairs(dataset, max_pairs=study.max_pairs).without_leakage()
-    settings = {"name": study.encoder, "max_length": study.max_length, "device": study.device} | encoder
-    return Problem(pairs, load_encoder(**settings), study.max_queries, encoder)
+    "Loads a data set, or several that are trained together, and the encoder."
+    loaded = load_encoder(**{"name": study.encoder, "max_length": study.max_length, "device": study.device} | encoder)
+    alone = not isinstance(dataset, list | tuple)
+    sets = [load_pairs(d, max_pairs=study.max_pairs).without_leakage() for d in ([dataset] if alone else dataset)]
+    if alone:
+        return Problem(*sets, loaded, study.max_queries, encoder)
+    return Together([Problem(p, loaded, study.max_queries, encoder, splits=("test",)) for p in sets])
 
 # %% ../nbs/16_studies.ipynb #5e110463
 KINDS = ("tree", "no-tree", "adapter", "matryoshka", "pca", "encoder", "gmm posteriors")
@@ -175,7 +178,7 @@ def best_fit(problem: Problem, study: Study, method: Method, seed: int) -> tuple
     "Fits at every rate and keeps the best on validation. The first seed searches, the others use its rate."
     fitter, rates, best = FITTERS.get(method.kind, fit_other), method.rates_in(study), None
     if len(rates) > 1 and seed != study.seeds[0]:
-        rates = [measure(problem, study, method, study.seeds[0]).rate]
+        rates = [measure(problem, study, method, study.seeds[0])[0].rate]
     for rate in rates:
         fitted = fitter(problem, study, method, seed, rate)
         if best is None or fitted.value > best[0].value:
@@ -183,19 +186,24 @@ def best_fit(problem: Problem, study: Study, method: Method, seed: int) -> tuple
     return best
 
 
-def measure(problem: Problem, study: Study, method: Method, seed: int) -> Cell:
-    "One cell, from its file or by training."
-    path = cell_path(study.cells, cell_key(problem, study, method, seed))
-    if path.exists():
-        return read_cell(path, method.name)
+def measure(problem: Problem, study: Study, method: Method, seed: int) -> list[Cell]:  # one for each of the problem's parts
+    "Cells, from their files or by training."
+    key, together = cell_key(problem, study, method, seed), len(problem.parts) > 1
+    keys = [key_of([key, p.pairs.fingerprint]) for p in problem.parts] if together else [key]
+    paths = [cell_path(study.cells, k) for k in keys]
+    if all(p.exists() for p in paths):
+        return [read_cell(p, method.name) for p in paths]
     start = time.perf_counter()
     fitted, rate = best_fit(problem, study, method, seed)
-    values = judge(problem, fitted.model)
-    figures = {m: {s: float(v[m].mean()) for s, v in values.items()} for m in next(iter(values.values()))}
     facts = fitted.facts | ({} if rate is None else {"validation": fitted.value}) | {"seconds in all": time.perf_counter() - start}
-    cell = Cell(problem.pairs.name, method.name, seed, figures, {s: v["ndcg@10"].astype(np.float32) for s, v in values.items()}, facts, rate)
-    write_cell(path, cell, study)
-    return cell
+    cells = []
+    for part, path in zip(problem.parts, paths):
+        values = judge(part, fitted.model)
+        figures = {m: {s: float(v[m].mean()) for s, v in values.items()} for m in next(iter(values.values()))}
+        queries = {s: v["ndcg@10"].astype(np.float32) for s, v in values.items()}
+        cells.append(Cell(f"{part.name}, together" if together else part.name, method.name, seed, figures, queries, facts, rate))
+        write_cell(path, cells[-1], study)
+    return cells
 
 # %% ../nbs/16_studies.ipynb #e5c274f6
 def run_study(
@@ -203,6 +211,7 @@ def run_study(
     methods: Sequence[Method],
     **encoder: Any,  # settings of the encoder that differ from the study's
 ) -> list[Cell]:
-    "All cells, one data set after the other."
+    "All cells, one data set after the other; of a list of sets, one cell a set."
     problems = (open_problem(dataset, study, **encoder) for dataset in study.datasets)
-    return run_cells(problems, len(study.datasets), methods, study.seeds, lambda problem, method, seed: measure(problem, study, method, seed))
+    found = run_cells(problems, len(study.datasets), methods, study.seeds, lambda problem, method, seed: measure(problem, study, method, seed))
+    return [cell for cells in found for cell in cells]

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from hiernb.claims import ask, record
+from hiernb.data.pairs import make_pairs
+from hiernb.data.sources import load_pairs
 from hiernb.errors import FileFormatError, UnknownNameError
 from hiernb.experiments import Cell
 from hiernb.files import from_root
@@ -49,6 +51,36 @@ def test_a_killed_study_goes_on_and_two_processes_share_it(tmp_path):
     for a, b in zip(run_study(study, methods), alone):
         assert (a.method, a.seed, a.figures, a.rate) == (b.method, b.seed, b.figures, b.rate)
     assert {p.name: p.stat().st_mtime_ns for p in cells.glob("*.safetensors")} == after
+
+
+def halves(folder):
+    "Two sets in the pairs format: docstrings of modules up to l, and after."
+    pairs, out = load_pairs("pydocs"), []
+    for name, belongs in (("early", lambda m: m < "l"), ("late", lambda m: m >= "l")):
+        rows = {s: [] for s in pairs.splits}
+        for s, q in pairs.splits.items():
+            for (i, c), module in zip(q.relevance.tolist(), q.extras["module"]):
+                rows[s] += [{"query": q.texts[i], "text": pairs.contexts.full_texts[c]}] if belongs(module) and len(rows[s]) < 300 else []
+        out.append(str(make_pairs(name, rows).save(folder / name)))
+    return out
+
+
+def test_sets_trained_together_are_judged_each_by_itself(tmp_path):
+    sets, methods = halves(tmp_path), [Method("tree"), Method("encoder", "encoder")]
+    study = Study(**SMALL, cells=str(tmp_path / "cells"), datasets=[*sets, sets])
+    cells = run_study(study, methods)
+    by = {(c.dataset, c.method, c.seed): c for c in cells}
+    assert len(by) == len(cells) == len(list((tmp_path / "cells").iterdir())) == 4 * 2 * 2
+    for name in ("early", "late"):
+        assert by[f"{name}, together", "encoder", 0].figures == by[name, "encoder", 0].figures  # the same queries among the same contexts
+        assert by[f"{name}, together", "tree", 0].figures != by[name, "tree", 0].figures  # but other pairs trained on
+    trained = [by[f"{name}, together", "tree", 0].facts["seconds"] for name in ("early", "late")]
+    assert trained[0] == trained[1]  # once for both
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").iterdir()}
+    assert [c.figures for c in run_study(study, methods)] == [c.figures for c in cells]
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").iterdir()} == times
+    next(p for p in times if p.name == max(times, key=times.get).name).unlink()  # one of two: trained again, and the other stays what it was
+    assert [c.figures for c in run_study(study, methods)] == [c.figures for c in cells]
 
 
 def test_a_damaged_cell_is_named(tmp_path):
