@@ -48,7 +48,7 @@ def address(tmp_path_factory):
         yield f"http://127.0.0.1:{port}", folder
     finally:
         server.terminate()
-        server.wait(10)
+        server.wait(60)
 
 
 def test_a_document_a_question_an_answer(address):
