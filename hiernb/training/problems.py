@@ -22,7 +22,7 @@ from ..representations import take_rows
 from ..sentences import SentenceModel
 from .loop import fit
 from .optim import TrainSettings
-from .retrieval import PairVectors, cut, ndcg_of, pair_vectors, relevant_contexts, sizes_of, validator
+from .retrieval import PairVectors, cut, ndcg_of, pair_vectors, relevant_contexts, sizes_of, spread_out, validator
 
 # %% ../../nbs/training/18_problems.ipynb #89ecd34c
 class Problem:
@@ -32,7 +32,7 @@ class Problem:
         self,
         pairs: Pairs,  # without leakage
         encoder: Encoder,  # frozen
-        max_queries: int = 1000,  # test queries at most
+        max_queries: int = 1000,  # test queries at most, at even distances
         changes: dict | None = None,  # settings of the encoder that differ from the usual ones; part of what decides a result
         splits: Sequence[str] = SPLITS,  # those that the set must have
     ):
@@ -41,7 +41,8 @@ class Problem:
         for name in splits:
             check_not_empty(f"dataset {pairs.name}: its {name} split", getattr(pairs, name))
         queries, self.relevant = relevant_contexts(torch.as_tensor(pairs.test.relevance))
-        self.test, self.relevant = queries[:max_queries], self.relevant[:max_queries]  # positions of the test queries
+        chosen = spread_out(len(queries), max_queries)
+        self.test, self.relevant = queries[chosen], self.relevant[chosen]  # positions of the test queries
 
     def _repr_markdown_(self) -> str:
         splits = ", ".join(f"{len(q):,} {name} queries" for name, q in self.pairs.splits.items())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PairVectors', 'pair_vectors', 'tree_loss', 'adapter_loss', 'relevant_contexts', 'ndcg_of', 'sizes_of', 'cut',
-           'validator', 'fit_best']
+           'spread_out', 'validator', 'fit_best']
 
 # %% ../../nbs/training/09_retrieval.ipynb #c13d8456
 from collections.abc import Callable, Sequence
@@ -171,14 +171,23 @@ def cut(
     return full if size == model.max_size else sum_up(full, size.bit_length() - 1)
 
 # %% ../../nbs/training/09_retrieval.ipynb #ab142997
+def spread_out(
+    n: int,  # how many there are
+    at_most: int,  # how many are wanted
+) -> torch.Tensor:  # [min(n, at_most)] int64, ascending
+    "Positions at even distances: a data set often has an order (domains, modules), and its first part is not like the whole."
+    return torch.linspace(0, n - 1, min(n, check_int("at_most", at_most, 1)), dtype=torch.float64).round().long()
+
+
 def validator(
     pairs: PairVectors,  # the validation split
     sizes: dict[str, int | None] | None = None,  # name of a figure -> size that it measures (None: full); None: "ndcg@10" at full size
-    max_queries: int = 500,  # validate on the first so many queries
+    max_queries: int = 500,  # validate on so many queries, at even distances
 ) -> Callable[[SentenceModel], dict[str, float]]:
     "The `validate` function for `fit`: mean NDCG@10 of a model at one or more sizes."
     queries, relevant = relevant_contexts(pairs.relevance.cpu())
-    queries, relevant = queries[: check_int("max_queries", max_queries, 1)], relevant[:max_queries]
+    chosen = spread_out(len(queries), check_int("max_queries", max_queries, 1))
+    queries, relevant = queries[chosen], relevant[chosen]
 
     def validate(model: SentenceModel) -> dict[str, float]:
         out = {}
