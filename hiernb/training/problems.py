@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from ..data.corpus import SPLITS
 from ..data.pairs import Pairs, merge_pairs
@@ -54,14 +55,16 @@ class Problem:
             self.held[tokens] = pair_vectors(self.pairs, self.encoder, tokens)
         return self.held[tokens]
 
-    def validator(
-        self,
-        tokens: bool,  # whether the model reads token states
-        sizes: Sequence[int],
-    ) -> Callable[[SentenceModel], float]:
-        "What chooses weights: NDCG@10 of the validation queries, the mean over sizes."
-        validate = validator(self.vectors(tokens)["validation"], {str(s): s for s in sizes})
-        return lambda model: float(np.mean(list(validate(model).values())))
+# %% ../../nbs/training/18_problems.ipynb #9a324ecf
+@patch
+def chooser(
+    self: Problem,
+    tokens: bool,  # whether the model reads token states
+    sizes: Sequence[int],
+) -> Callable[[SentenceModel], float]:
+    "What chooses weights: NDCG@10 of the validation queries, the mean over sizes."
+    validate = validator(self.vectors(tokens)["validation"], {str(s): s for s in sizes})
+    return lambda model: float(np.mean(list(validate(model).values())))
 
 # %% ../../nbs/training/18_problems.ipynb #d63e8e02
 class Together(Problem):
@@ -75,9 +78,9 @@ class Together(Problem):
         super().__init__(merge_pairs([p.pairs for p in parts]).without_leakage(), first.encoder, changes=first.changes)
         self.parts = list(parts)
 
-    def validator(self, tokens: bool, sizes: Sequence[int]) -> Callable[[SentenceModel], float]:
+    def chooser(self, tokens: bool, sizes: Sequence[int]) -> Callable[[SentenceModel], float]:
         "The mean over the sets of what chooses weights for each."
-        each = [p.validator(tokens, sizes) for p in self.parts if len(p.pairs.validation)]
+        each = [p.chooser(tokens, sizes) for p in self.parts if len(p.pairs.validation)]
         return lambda model: float(np.mean([validate(model) for validate in each]))
 
 # %% ../../nbs/training/18_problems.ipynb #2d1679f9
@@ -93,7 +96,7 @@ class Fitted:
 def train(problem: Problem, model: SentenceModel, loss: Callable, settings: TrainSettings, choose_by: str) -> Fitted:
     "Trains a model with `fit`; the best weights on validation stay."
     sizes = sizes_of(model, 8) if choose_by == "all" else [model.max_size]
-    validate = problem.validator(model.reads_tokens, sizes)
+    validate = problem.chooser(model.reads_tokens, sizes)
     start = time.perf_counter()
     history = fit(model, loss, len(problem.pairs.train.relevance), settings, validate=lambda m: {"chosen by": validate(m)}, monitor="chosen by", progress=False)
     _, norms = history.curve("grad_norm")
